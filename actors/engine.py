@@ -1,0 +1,135 @@
+"""The engine protocol: what a rollout worker asks of whatever generates text.
+
+An engine is driven by one thread.  It owns model weights, KV memory and the order in which requests are served; it does
+not know prompts' sources, rewards, Ray or the loop.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+FinishReason = Literal["eos", "stop", "length"]
+UpdateMode = Literal["drain", "keep", "reprefill"]
+Capability = Literal["seeded_per_sample", "batch_invariant", "logits_hook", "in_flight_update"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How tokens are drawn.  Training uses temperature alone: the learner could not reproduce the rest."""
+
+    max_new_tokens: int
+    temperature: float = 1.0  # 0 = greedy
+    top_k: int = 0  # 0 = off
+    top_p: float = 1.0  # 1 = off
+    stop: tuple[str, ...] = ()  # strings; a response ends with the token that completes one
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One prompt and its `num_samples` samples.
+
+    `seed` is a pure function of (run seed, group), see `actors.sampling.group_seed`; with the sample index and the token's
+    position it fixes every draw, so a retried request gives the same bits on any worker.
+    """
+
+    request_id: str
+    prompt_ids: Sequence[int]
+    num_samples: int
+    seed: int
+    sampling: SamplingParams
+    forced_lengths: tuple[int, ...] = ()  # one per sample: exact lengths, EOS ignored; for benchmarks
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """One finished sample.  All arrays have length R, the number of response tokens, the final EOS included."""
+
+    request_id: str
+    sample_index: int
+    response_ids: np.ndarray
+    """[R] int32."""
+    response_text: str
+    """Decoded without special tokens."""
+    logprobs: np.ndarray
+    """[R] float32, log-softmax of the full logits divided by the temperature (by 1 when greedy)."""
+    policy_versions: np.ndarray
+    """[R] int32, the policy version that sampled each token."""
+    finish_reason: FinishReason
+
+
+@dataclass(slots=True, kw_only=True)
+class EngineStats:
+    """Counters since the engine was built; seconds are wall time inside the engine."""
+
+    num_prefill_tokens: int = 0
+    num_decode_tokens: int = 0
+    num_decode_steps: int = 0
+    num_decode_rows: int = 0  # rows computed, padding included: the waste is num_decode_rows - num_decode_tokens
+    num_completions: int = 0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    sample_s: float = 0.0
+    load_s: float = 0.0
+    num_live_rows: int = 0
+    num_waiting_requests: int = 0
+    kv_bytes: int = 0
+    extra: dict[str, float] = field(default_factory=dict)
+
+
+class Engine(Protocol):
+    """Generates samples for requests, and takes new weights between two tokens."""
+
+    @property
+    def capabilities(self) -> frozenset[Capability]:
+        """What this engine promises; the contract tests run for what it claims."""
+
+    @property
+    def version(self) -> int:
+        """The policy version that the next token is sampled with; -1 before the first update."""
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` would do something."""
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Queue requests.
+
+        Raises:
+            ValueError: if a request could never be served (too long, a duplicate id, a bad sampling setting).
+        """
+
+    def step(self) -> list[Completion]:
+        """Prefill what fits, decode one token for every live row, return the samples that finished."""
+
+    def abort(self, request_ids: Iterable[str]) -> None:
+        """Forget requests and free their rows; unknown ids are ignored."""
+
+    def begin_update(self, version: int, mode: UpdateMode) -> None:
+        """Start replacing the weights by `version`.
+
+        `drain` requires that no request is live; `keep` goes on with the KV computed by the old weights; `reprefill`
+        recomputes the KV of live rows with the new ones.
+        """
+
+    def load(self, tensors: "Iterable[tuple[str, torch.Tensor]]") -> None:
+        """Copy one bucket of named tensors (canonical Hugging Face names) into the weights, in place."""
+
+    def end_update(self) -> None:
+        """Check that every weight came, drop cached prefixes, take the new version."""
+
+    def weight_shapes(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Return what `load` expects: canonical name -> (shape, dtype name), tied tensors once."""
+
+    def sleep(self) -> None:
+        """Release KV memory; no request may be live."""
+
+    def wake(self) -> None:
+        """Take KV memory back."""
+
+    def stats(self) -> EngineStats:
+        """Return a snapshot of the counters."""

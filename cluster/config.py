@@ -1,0 +1,173 @@
+"""The whole run's configuration: every room's section, the checks that span rooms, and loading from YAML.
+
+Nothing here imports torch, ray, deepspeed or transformers: a wrong setting is reported in well under two seconds.
+"""
+
+import difflib
+import os
+from collections.abc import Sequence
+from typing import Any, Literal, TypeVar, get_args
+
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from actors.config import Config, EvaluationConfig, PolicyConfig, PromptsConfig, RolloutsConfig
+from learner.config import AlgorithmConfig, LearnerConfig
+from reward.config import RewardConfig
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run; the message names every place, value, rule and remedy."""
+
+
+class RunSection(Config):
+    """Identity and length of the run."""
+
+    dir: str
+    """Run directory; absolute inside a Ray job, whose working directory is temporary."""
+    seed: int = 0
+    """Every random number of the run follows from it."""
+    num_steps: int = Field(ge=1)
+    """Steps of the loop."""
+    checkpoint_every: int = Field(default=10, ge=1)
+    """Save resumable state each so many steps; also after the last one."""
+    keep_checkpoints: int = Field(default=2, ge=1)
+    """Checkpoints kept; older ones are deleted."""
+
+
+class PipelineConfig(Config):
+    """How stages overlap."""
+
+    max_staleness: Literal[0] = 0
+    """Policy versions between sampling and learning; 0 = exactly on-policy."""
+    timeout_s: float = Field(default=1800.0, gt=0)
+    """Longest wait for any one remote call, seconds."""
+
+
+class PlacementConfig(Config):
+    """Resources of each process."""
+
+    address: str | None = None
+    """Ray cluster to join, e.g. `auto`; null joins RAY_ADDRESS's cluster or starts a local one."""
+    rollout_gpus: float = Field(default=0.0, ge=0)
+    """GPUs of each rollout worker."""
+    reward_gpus: float = Field(default=0.0, ge=0)
+    """GPUs of each reward worker."""
+    learner_gpus: int = Field(default=0, ge=0, le=1)
+    """GPUs of each learner rank."""
+    rollout_threads: int = Field(default=0, ge=0)
+    """torch threads of each rollout worker; 0 = the planner's choice."""
+    reward_threads: int = Field(default=0, ge=0)
+    """torch threads of each reward worker; 0 = the planner's choice."""
+    learner_threads: int = Field(default=0, ge=0)
+    """torch threads of each learner rank; 0 = the planner's choice."""
+    ready_timeout_s: float = Field(default=300.0, gt=0)
+    """Longest wait for all processes to be placed and ready, seconds."""
+
+
+class RunConfig(Config):
+    """A training run: `concord train`."""
+
+    run: RunSection
+    policy: PolicyConfig
+    prompts: PromptsConfig
+    rollouts: RolloutsConfig = RolloutsConfig()
+    reward: RewardConfig
+    learner: LearnerConfig = LearnerConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    pipeline: PipelineConfig = PipelineConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    placement: PlacementConfig = PlacementConfig()
+
+    @model_validator(mode="after")
+    def _spans_rooms(self) -> "RunConfig":
+        minibatches, prompts = self.learner.num_minibatches, self.rollouts.prompts_per_step
+        if minibatches > prompts:
+            raise ValueError(
+                f"learner.num_minibatches must be at most rollouts.prompts_per_step, got {minibatches} > {prompts}; "
+                "a minibatch holds whole groups"
+            )
+        return self
+
+
+ConfigType = TypeVar("ConfigType", bound=Config)
+
+
+def load(config_type: type[ConfigType], path: str, overrides: Sequence[str] = ()) -> ConfigType:
+    """Read a YAML file, apply `section.field=value` overrides and `${section.field}` references, validate.
+
+    Raises:
+        ConfigError: naming each wrong key or value by full path, with the rule and the nearest right key.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    if not os.path.isfile(path):
+        raise ConfigError(f"{path} must be a YAML file, and there is none; name an existing configuration")
+    for override in overrides:
+        if "=" not in override:
+            raise ConfigError(f"an override must look like section.field=value, got {override!r}")
+    try:
+        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+        raw: Any = OmegaConf.to_container(merged, resolve=True)
+    except YAMLError as error:
+        raise ConfigError(f"{path} must be YAML: {error}") from error
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: {error}") from error
+    return validate(config_type, raw, where=path)
+
+
+def validate(config_type: type[ConfigType], raw: Any, where: str) -> ConfigType:
+    """Build the config from plain data.
+
+    Raises:
+        ConfigError: see `load`.
+    """
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{where} must hold sections (key: value), got {type(raw).__name__}")
+    try:
+        return config_type.model_validate(raw)
+    except ValidationError as error:
+        lines = [_explain(config_type, details) for details in error.errors()]
+        raise ConfigError(f"{where}: " + "\n".join(lines)) from error
+
+
+def to_yaml(config: Config) -> str:
+    """Return the resolved configuration as YAML that `load` reads back to an equal object."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.create(config.model_dump(mode="json")))
+
+
+def _explain(config_type: type[Config], details: Any) -> str:
+    location = [part for part in details["loc"] if not _is_union_branch(part)]
+    path = ".".join(str(part) for part in location)
+    if details["type"] == "extra_forbidden":
+        names = _keys_at(config_type, location[:-1])
+        near = difflib.get_close_matches(str(location[-1]), names, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(names))}"
+        return f"{path} is not a setting; {hint}"
+    if details["type"] == "missing":
+        return f"{path} must be set; it has no default"
+    message = details["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    if details["type"] == "value_error":
+        return f"{path}: {message}" if path else message
+    return f"{path} must be {message}, got {details['input']!r}"
+
+
+def _is_union_branch(part: Any) -> bool:
+    return isinstance(part, str) and (part == "str" or part.endswith("Config"))
+
+
+def _keys_at(config_type: type[BaseModel], location: Sequence[Any]) -> list[str]:
+    current: type[BaseModel] = config_type
+    for part in location:
+        found = _model_in(current.model_fields[part].annotation) if part in current.model_fields else None
+        current = found or current
+    return list(current.model_fields)
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for part in get_args(annotation) if (found := _model_in(part))), None)

@@ -1,0 +1,209 @@
+"""Configuration of the learner's room: optimizer, algorithm, supervised and reward-model training."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from actors.config import Config, FunctionConfig, PolicyConfig, Strings
+
+
+class LoraConfig(Config):
+    """Low-rank adapters instead of full training (Hu et al. 2021)."""
+
+    rank: int = Field(default=16, ge=1)
+    """Rank of the update."""
+    alpha: float = Field(default=32.0, gt=0)
+    """Scale; the update is multiplied by alpha / rank."""
+    target_modules: Strings = ("all-linear",)
+    """Module names, or `all-linear`."""
+
+
+class OptimizerConfig(Config):
+    """AdamW and its learning-rate schedule."""
+
+    learning_rate: float = Field(default=1e-5, gt=0)
+    """Peak learning rate."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """After the warm-up: constant, or decaying to 0 at the end of the run."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Updates of linear warm-up; update k of w runs at (k+1)/w of the peak, so none has rate 0."""
+    betas: tuple[float, float] = Field(default=(0.9, 0.95), strict=False)
+    """Adam's decay rates."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Adam's epsilon."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Clip the global gradient norm to this."""
+
+
+class LearnerConfig(Config):
+    """How the policy is trained on a batch."""
+
+    backend: Literal["zero", "local"] = "zero"
+    """zero: DeepSpeed; local: plain torch in one process."""
+    num_ranks: int = Field(default=1, ge=1)
+    """Learner processes."""
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """What is sharded: 1 optimizer state, 2 + gradients, 3 + parameters."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """Optimizer and schedule."""
+    epochs: int = Field(default=1, ge=1)
+    """Passes over each step's batch."""
+    num_minibatches: int = Field(default=1, ge=1)
+    """Optimizer updates per epoch."""
+    microbatch_tokens: int = Field(default=1024, ge=1)
+    """Trunk tokens in one forward-backward; a group above it is split by samples."""
+    chunk_tokens: int = Field(default=512, ge=1)
+    """Response tokens whose logits exist at one time."""
+    critic: Literal["trunk", "separate"] = "trunk"
+    """Value head on the policy's trunk, or a network of its own that starts as a copy of the policy."""
+    lora: LoraConfig | None = None
+    """Train low-rank adapters only."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+
+    @model_validator(mode="after")
+    def _local_is_one_process(self) -> "LearnerConfig":
+        if self.backend == "local" and self.num_ranks != 1:
+            raise ValueError(f"num_ranks must be 1 with backend local, got {self.num_ranks}; use backend zero")
+        return self
+
+
+class KLConfig(Config):
+    """Penalty for leaving the reference policy, part of the per-token reward (Ziegler et al. 2019, Eq. 2)."""
+
+    coef: float = Field(default=0.05, ge=0)
+    """beta; with the adaptive controller its first value."""
+    controller: Literal["fixed", "adaptive"] = "fixed"
+    """adaptive: Ziegler et al. 2019, section 2.2."""
+    target: float | None = Field(default=None, gt=0)
+    """Adaptive: KL to settle at, nats per sequence."""
+    horizon: int | None = Field(default=None, ge=1)
+    """Adaptive: sequences over which the coefficient may change by a factor e^0.2 or so."""
+
+    @model_validator(mode="after")
+    def _adaptive_settings(self) -> "KLConfig":
+        adaptive = self.controller == "adaptive"
+        if adaptive != (self.target is not None) or adaptive != (self.horizon is not None):
+            raise ValueError("`target` and `horizon` must both be set with controller adaptive, and only then")
+        return self
+
+
+class AlgorithmConfig(Config):
+    """PPO (Schulman et al. 2017) for text; one field per part."""
+
+    name: Literal["ppo"] = "ppo"
+    """Preset."""
+    clip_range: float = Field(default=0.2, gt=0)
+    """Lower and, unless set apart, upper clip of the probability ratio."""
+    clip_range_high: float | None = Field(default=None, gt=0)
+    """Upper clip (clip-higher, DAPO)."""
+    dual_clip: float | None = Field(default=None, gt=1)
+    """Bound of the loss for negative advantages (Ye et al. 2019)."""
+    value_clip_range: float | None = Field(default=0.2, gt=0)
+    """Clip of the value function's change; null = off."""
+    value_coef: float = Field(default=0.1, ge=0)
+    """Weight of the value loss."""
+    entropy_coef: float = Field(default=0.0, ge=0)
+    """Weight of the entropy bonus."""
+    gamma: float = Field(default=1.0, gt=0, le=1)
+    """Discount."""
+    gae_lambda: float = Field(default=0.95, ge=0, le=1)
+    """GAE's lambda."""
+    whiten_advantages: bool = True
+    """Give the batch's advantages mean 0 and variance 1, over all its tokens."""
+    aggregation: Literal["token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum"] = "token_mean"
+    """How token losses become one number; token_mean divides by the minibatch's global token count."""
+    kl: KLConfig = KLConfig()
+    """Penalty for leaving the reference policy."""
+    missing_eos_penalty: float | None = Field(default=None, gt=0)
+    """Subtracted from the score of a response that hit the length limit, which is then terminal; without it such a
+    response bootstraps from its last state's value."""
+
+
+class EngineConfig(Config):
+    """Which optimizer engine runs supervised or reward-model training, in one process."""
+
+    backend: Literal["zero", "local"] = "local"
+    """zero: DeepSpeed; local: plain torch."""
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """See LearnerConfig."""
+
+
+class TrainingConfig(Config):
+    """The supervised training loop's settings."""
+
+    epochs: int = Field(default=1, ge=1)
+    """Passes over the training data."""
+    batch_size: int = Field(default=32, ge=1)
+    """Examples per optimizer update."""
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-4, schedule="linear")
+    """Optimizer and schedule."""
+    max_tokens: int = Field(default=512, ge=8)
+    """Longest example, tokens; longer ones are quarantined."""
+    seed: int = 0
+    """Of data order and new weights."""
+    num_threads: int = Field(default=0, ge=0)
+    """torch threads, 0 = all cores."""
+    engine: EngineConfig = EngineConfig()
+    """Optimizer engine."""
+
+
+class DataConfig(Config):
+    """A supervised data set: JSONL or Parquet."""
+
+    path: str | None = None
+    """File or directory; a path or an fsspec URL."""
+    make: FunctionConfig | None = None
+    """A function `f(directory, **arguments)` that writes such files; run once and cached by content."""
+    strict: bool = False
+    """Make a malformed row an error instead of quarantining it."""
+    limit: int | None = Field(default=None, ge=1)
+    """Use only so many training rows, drawn by seed."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "DataConfig":
+        if (self.path is None) == (self.make is None):
+            raise ValueError("exactly one of `path` and `make` must be set; name a file or a function that writes one")
+        return self
+
+
+class SFTConfig(Config):
+    """`concord sft`: next-token training on `prompt`/`completion` or `messages`, loss on completions."""
+
+    output: str
+    """Directory for the trained model, its metrics and its resolved configuration."""
+    policy: PolicyConfig
+    """The model to start from."""
+    data: DataConfig
+    """Rows with `prompt` and `completion`, or `messages`."""
+    training: TrainingConfig = TrainingConfig()
+    """The loop."""
+
+
+class RewardModelConfig(Config):
+    """`concord reward`: a scalar head on any encoder or decoder, trained on ratings or preference pairs."""
+
+    output: str
+    """Directory for the trained reward model, its metrics and its resolved configuration."""
+    model: str
+    """Path or hub name of a Hugging Face encoder or decoder."""
+    trust_remote_code: bool = False
+    """Run Python code that ships with the model."""
+    data: DataConfig
+    """Rows with `text` and `rating` (regression), or `prompt`, `chosen`, `rejected` (pairs)."""
+    objective: Literal["regression", "bradley_terry"]
+    """regression: squared error on standardised ratings; bradley_terry: -log sigmoid(chosen - rejected)."""
+    held_out_fraction: float = Field(default=0.1, gt=0, lt=1)
+    """Share of distinct texts (or prompts) kept for the validation set, and as many again for the test set."""
+    pair_margin: float = Field(default=1.0, ge=0)
+    """Pairwise accuracy is measured on pairs whose ratings differ by more than this."""
+    pooling: Literal["auto", "mean", "cls", "last"] = "auto"
+    """auto: mean for encoders, last token for decoders."""
+    head_learning_rate: float = Field(default=1e-3, gt=0)
+    """Peak learning rate of the new head; the trunk uses training.optimizer."""
+    freeze_embeddings: bool = True
+    """Keep the word embeddings as they are."""
+    training: TrainingConfig = TrainingConfig()
+    """The loop."""
