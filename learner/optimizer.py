@@ -44,7 +44,7 @@ def learning_rate_at(update: int, total: int, config: OptimizerConfig) -> float:
 
 
 class OptimizerEngine(Protocol):
-    """Owns a module, its optimizer and the process group of its ranks.  Every method is called by all ranks together."""
+    """Owns a module, its optimizer and the group of its ranks.  Every method is called by all ranks together."""
 
     module: nn.Module
     rank: int
