@@ -47,7 +47,7 @@ class StartConfig(Config):
     """A supervised start that is trained once and cached by content."""
 
     config: str
-    """Path of the SFT YAML, relative to the file that names it."""
+    """Path of the SFT YAML; like every path, relative to the working directory."""
     set: dict[str, Any] = {}
     """Overrides for that YAML, nested like it."""
 

@@ -108,7 +108,10 @@ def load(config_type: type[ConfigType], path: str, overrides: Sequence[str] = ()
         if "=" not in override:
             raise ConfigError(f"an override must look like section.field=value, got {override!r}")
     try:
-        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides)))
+        loaded = OmegaConf.load(path)
+        if not OmegaConf.is_dict(loaded):
+            raise ConfigError(f"{path} must hold sections (key: value), got {type(loaded).__name__}")
+        merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides)))
         raw: Any = OmegaConf.to_container(merged, resolve=True)
     except YAMLError as error:
         raise ConfigError(f"{path} must be YAML: {error}") from error

@@ -4,11 +4,10 @@ Two implementations: `learner/zero.py` (DeepSpeed ZeRO) and `learner/local.py` (
 seam never asks which one it has.
 """
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
@@ -26,21 +25,6 @@ class ParameterGroup:
 
     names: frozenset[str]
     scale: float
-
-
-def learning_rate_at(update: int, total: int, config: OptimizerConfig) -> float:
-    """Return the learning rate of update `update` (from 0) of `total`.
-
-    Warm-up runs at (update + 1) / warmup_steps of the peak, and decay reaches 0 only after the last update, so no update
-    has rate 0.
-    """
-    if update < config.warmup_steps:
-        return config.learning_rate * (update + 1) / config.warmup_steps
-    if config.schedule == "constant":
-        return config.learning_rate
-    progress = (update - config.warmup_steps) / max(1, total - config.warmup_steps)
-    factor = 1.0 - progress if config.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
-    return config.learning_rate * max(factor, 0.0)
 
 
 class OptimizerEngine(Protocol):
@@ -67,6 +51,9 @@ class OptimizerEngine(Protocol):
             NonFiniteError: on all ranks, with gradients dropped and parameters unchanged.
         """
 
+    def discard(self) -> None:
+        """Drop the accumulated gradients without an update."""
+
     def all_reduce(self, values: torch.Tensor, operation: str = "sum") -> torch.Tensor:
         """Return `values` reduced over ranks; operation is sum or max."""
 
@@ -77,10 +64,10 @@ class OptimizerEngine(Protocol):
         """Inside it, `parameters` hold their full values on every rank, read-only."""
 
     def full_state(self) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-        """Yield, in one order on all ranks, parameter name -> full float32 `param`, `exp_avg`, `exp_avg_sq`."""
+        """Yield, in one order on all ranks, name -> full float32 `param`, `exp_avg`, `exp_avg_sq` of what is trained."""
 
-    def load_full_state(self, state: Any) -> None:
-        """Set parameters and optimizer state from a mapping shaped like `full_state`, plus the number of updates."""
+    def load_full_state(self, state: Mapping[str, Mapping[str, torch.Tensor]], num_updates: int) -> None:
+        """Set parameters and optimizer state from a mapping shaped like `full_state`, and the number of updates."""
 
     @property
     def num_updates(self) -> int:
@@ -88,3 +75,65 @@ class OptimizerEngine(Protocol):
 
     def close(self) -> None:
         """Free memory and leave the process group."""
+
+
+def adamw_groups(
+    parameters: Mapping[str, nn.Parameter], groups: Sequence[ParameterGroup], config: OptimizerConfig
+) -> list[dict[str, Any]]:
+    """Return torch optimizer groups: one for each `ParameterGroup`, and one of scale 1 for all other parameters.
+
+    Raises:
+        ValueError: if a group names a parameter that is not trained, or two groups name the same.
+    """
+    named = [name for group in groups for name in sorted(group.names)]
+    unknown = sorted(set(named) - set(parameters))
+    if unknown:
+        raise ValueError(f"parameter groups must name trained parameters, got {unknown}; check the names")
+    if len(named) != len(set(named)):
+        raise ValueError(f"parameter groups must not overlap, got {sorted(n for n in named if named.count(n) > 1)}")
+    rest = ParameterGroup(names=frozenset(set(parameters) - set(named)), scale=1.0)
+    return [
+        {
+            "params": [p for name, p in parameters.items() if name in group.names],
+            "scale": group.scale,
+            "lr": 0.0,
+            "weight_decay": config.weight_decay,
+        }
+        for group in (rest, *groups)
+        if group.names
+    ]
+
+
+def make_engine(
+    module: nn.Module,
+    config: OptimizerConfig,
+    *,
+    backend: Literal["zero", "local"],
+    zero_stage: int,
+    rank: int = 0,
+    world_size: int = 1,
+    groups: Sequence[ParameterGroup] = (),
+    dtype: torch.dtype = torch.float32,
+) -> OptimizerEngine:
+    """Return the engine that owns `module`, which is already on its device, and trains it in `dtype`.
+
+    Args:
+        module: what `forward` calls; parameters that do not require gradients stay as they are.
+        config: AdamW's settings; the learning rate is given to each `step`.
+        backend: zero is DeepSpeed, local plain torch in one process.
+        zero_stage: what DeepSpeed shards; not used by local.
+        rank: this process among `world_size`.
+        world_size: processes that train together.
+        groups: parameters with a learning rate of their own; the rest follow the schedule.
+        dtype: of the forward pass; the optimizer works in float32.
+    """
+    if backend == "local":
+        from learner.local import LocalEngine
+
+        if world_size != 1:
+            raise ValueError(f"world_size must be 1 with backend local, got {world_size}; use backend zero")
+        return LocalEngine(module, config, groups=groups, dtype=dtype)
+    from learner.zero import ZeroEngine
+
+    ranks = (rank, world_size)
+    return ZeroEngine(module, config, stage=zero_stage, ranks=ranks, groups=groups, dtype=dtype)

@@ -1,0 +1,38 @@
+"""Directories that are built once and then found by a hash of what went into them."""
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable
+from typing import Any
+
+
+def content_hash(*parts: Any) -> str:
+    """Return 20 hex digits that identify JSON-able `parts`, independent of the order of keys."""
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=True)
+    return hashlib.blake2b(text.encode(), digest_size=10).hexdigest()
+
+
+def build_once(directory: str, build: Callable[[str], None]) -> str:
+    """Return the absolute path of `directory`, filled by `build(temporary directory)` unless it is already there.
+
+    The directory appears by one rename, so a reader sees all of it or nothing, and of two processes that build at the same
+    time one wins and the other throws its copy away.
+    """
+    directory = os.path.abspath(directory)
+    if os.path.isdir(directory):
+        return directory
+    building = f"{directory}.building-{uuid.uuid4().hex[:8]}"
+    os.makedirs(building)
+    try:
+        build(building)
+        try:
+            os.rename(building, directory)
+        except OSError:
+            if not os.path.isdir(directory):
+                raise
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return directory

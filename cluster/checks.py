@@ -1,0 +1,82 @@
+"""Checks of a valid configuration against the world: files, import paths, the machine.  Nothing heavy is imported."""
+
+import importlib.util
+import os
+import re
+from collections.abc import Iterator
+
+from actors.config import PolicyConfig, PromptsConfig
+from cluster.config import ConfigError, RunConfig
+from cluster.start import start_config
+
+_PATHS = "paths and modules start at the working directory"
+
+
+def check_run(config: RunConfig) -> None:
+    """Check everything a run names before any process starts.
+
+    Raises:
+        ConfigError: with one line for each problem.
+    """
+    problems = [*_directory(config), *_policy(config.policy), *_prompts("prompts", config.prompts), *_reward(config)]
+    if config.evaluation.prompts:
+        problems += _prompts("evaluation.prompts", config.evaluation.prompts)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    start_config(config)
+
+
+def check_model(where: str, model: str) -> list[str]:
+    """Return what is wrong with a model's name: neither a model directory nor like a hub name."""
+    if os.path.isdir(model):
+        return (
+            []
+            if os.path.isfile(os.path.join(model, "config.json"))
+            else [f"{where} must be a model directory with a config.json, got {model!r}"]
+        )
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", model) and not os.path.isdir(os.path.dirname(model)):
+        return []
+    return [f"{where} must be an existing model directory or a hub name like owner/name, got {model!r}; {_PATHS}"]
+
+
+def _directory(config: RunConfig) -> Iterator[str]:
+    directory = config.run.dir
+    if "://" in directory:
+        yield f"run.dir must be a local path, got {directory!r}; object stores are not supported yet"
+    elif os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") and not os.path.isabs(directory):
+        yield f"run.dir must be absolute in a Ray job, whose working directory is temporary, got {directory!r}"
+    elif os.path.exists(directory) and not os.path.isdir(directory):
+        yield f"run.dir must be a directory, and {directory!r} is a file"
+
+
+def _policy(policy: PolicyConfig) -> Iterator[str]:
+    if isinstance(policy.model, str):
+        yield from check_model("policy.model", policy.model)
+    elif "model_type" not in policy.model.architecture:
+        yield "policy.model.architecture.model_type must be set, for instance gpt2 or llama"
+
+
+def _prompts(where: str, prompts: PromptsConfig) -> Iterator[str]:
+    if prompts.make:
+        yield from _function(f"{where}.make.function", prompts.make.function)
+    elif prompts.path and "://" not in prompts.path and not os.path.exists(prompts.path):
+        yield f"{where}.path must be an existing file or directory, got {prompts.path!r}; {_PATHS}"
+
+
+def _reward(config: RunConfig) -> Iterator[str]:
+    for name, component in config.reward.components.items():
+        where = f"reward.components.{name}"
+        if component.model:
+            yield from check_model(f"{where}.model", component.model)
+        if component.function:
+            yield from _function(f"{where}.function", component.function)
+
+
+def _function(where: str, path: str) -> Iterator[str]:
+    module = path.partition(":")[0]
+    try:
+        found = importlib.util.find_spec(module)
+    except ImportError:
+        found = None
+    if found is None:
+        yield f"{where} must name an importable module, and there is no {module!r} (in {path!r}); {_PATHS}"

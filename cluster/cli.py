@@ -1,0 +1,158 @@
+"""The command line: one YAML file and `section.field=value` overrides for each command.
+
+Configurations are checked before anything heavy is imported, so a mistake is reported at once.
+"""
+
+import os
+import signal
+import sys
+from typing import Annotated, NoReturn
+
+import typer
+
+from cluster.config import ConfigError, RunConfig, load
+from learner.config import RewardModelConfig, SFTConfig
+
+app = typer.Typer(
+    help="Train language models from human feedback.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG.yaml", help="The configuration file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[section.field=value ...]", help="Settings that replace those in the file."),
+]
+RunDirectory = Annotated[str, typer.Argument(metavar="RUN_DIR", help="Directory of a run.")]
+
+
+@app.command()
+def train(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Train a policy by reinforcement learning; continues where the run directory's last checkpoint stopped."""
+    run_config = _run_config(config, overrides)
+    from cluster.loop import train as train_loop
+    from cluster.run import Run
+
+    with Run(run_config) as run:
+        train_loop(run)
+    print(f"Run directory: {run.storage.directory}\nPolicy: {run.storage.path('policy')}")
+    print(f"Report: concord report {run.storage.directory}")
+
+
+@app.command()
+def evaluate(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Answer and judge the held-out prompts with the run's newest policy, or its start where it has no checkpoint."""
+    run_config = _run_config(config, overrides)
+    if run_config.evaluation.prompts is None:
+        raise ConfigError("evaluation.prompts must be set to evaluate; name held-out prompts")
+    from cluster.run import Run
+
+    with Run(run_config) as run:
+        metrics = run.evaluate(run.step)
+    for name, value in sorted(metrics.items()):
+        print(f"{name:32} {value:.4f}")
+
+
+@app.command()
+def plan(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Show the batch plan and the processes of a training run; nothing is started."""
+    run_config = _run_config(config, overrides)
+    from rich.console import Console
+
+    from cluster.plan import render
+
+    Console().print(render(run_config))
+
+
+@app.command()
+def sft(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Train on prompt/completion pairs or chat messages, loss on the completions."""
+    sft_config = load(SFTConfig, config, overrides or [])
+    from cluster.supervised import run_sft
+
+    run_sft(sft_config)
+
+
+@app.command()
+def reward(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Train a reward model on ratings or preference pairs."""
+    reward_config = load(RewardModelConfig, config, overrides or [])
+    from cluster.supervised import run_reward_model
+
+    run_reward_model(reward_config)
+
+
+@app.command()
+def report(run_dir: RunDirectory) -> None:
+    """Write one self-contained report.html with curves and samples before and after."""
+    _must_be_run(run_dir)
+    from cluster.report import build_report
+
+    print(build_report(run_dir))
+
+
+@app.command()
+def export(
+    run_dir: RunDirectory,
+    output: Annotated[str, typer.Option(help="Where to write; default RUN_DIR/policy.")] = "",
+) -> None:
+    """Write the newest checkpoint's policy as a directory that transformers' from_pretrained loads."""
+    _must_be_run(run_dir)
+    from cluster.export import export_policy
+
+    print(export_policy(run_dir, output or os.path.join(run_dir, "policy")))
+
+
+def main() -> None:
+    """Run the command line; a mistake of the user's is one message and exit status 2, a failed run status 1."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # reward functions and data writers are named by import path
+    try:
+        app(standalone_mode=False)
+    except ConfigError as error:
+        _fail(f"configuration error: {error}", status=2)
+    except typer.Exit as stop:
+        raise SystemExit(stop.exit_code) from None
+    except KeyboardInterrupt:
+        _fail("interrupted; the run directory is readable, and the same command continues it", status=130)
+    except Exception as error:
+        _fail(*_describe(error))
+
+
+def _run_config(path: str, overrides: list[str] | None) -> RunConfig:
+    config = load(RunConfig, path, overrides or [])
+    from cluster.checks import check_run
+
+    check_run(config)
+    return config
+
+
+def _must_be_run(directory: str) -> None:
+    if not os.path.isfile(os.path.join(directory, "config.yaml")):
+        raise ConfigError(f"RUN_DIR must be the directory of a run, and {directory!r} holds no config.yaml")
+
+
+def _interrupt(signum: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _describe(error: Exception) -> tuple[str, int]:
+    import click
+
+    if isinstance(error, click.ClickException):
+        return error.format_message(), 2
+    if isinstance(error, (ValueError, RuntimeError, OSError)) and not os.environ.get("CONCORD_TRACEBACK"):
+        return f"{type(error).__name__}: {error}\n(CONCORD_TRACEBACK=1 shows where)", 1
+    raise error
+
+
+def _fail(message: str, status: int) -> NoReturn:
+    print(message, file=sys.stderr)
+    raise SystemExit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""Metrics of a run, once measured and written everywhere they are looked for.
+
+Journal (`metrics.jsonl`), table (`metrics.parquet`), TensorBoard, and Ray's metrics (dashboard, Prometheus).
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import pyarrow as pa
+
+from cluster.storage import RunStorage
+
+LEADING = (
+    "step", "policy_version", "score_mean", "score_std", "kl", "response_length_mean",
+    "generate_s", "score_s", "learn_s", "publish_s",
+)  # fmt: skip
+"""First columns of metrics.parquet; the others follow by name."""
+
+_JOURNAL = "metrics.jsonl"
+_TABLE = "metrics.parquet"
+
+
+class Recorder:
+    """Owns a run's metric rows: one a step, and one for step 0 that holds the evaluation before training."""
+
+    def __init__(self, storage: RunStorage) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._storage = storage
+        self._rows: list[dict[str, Any]] = []
+        self._board = SummaryWriter(storage.path("tensorboard", "."))
+        self._gauges: dict[str, Any] = {}
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """Return all rows so far, in step order."""
+        return self._rows
+
+    def resume(self, last_step: int) -> None:
+        """Take back the rows up to a checkpoint's step and forget what came after it."""
+        lines = self._storage.read_text(_JOURNAL).splitlines() if self._storage.exists(_JOURNAL) else []
+        self._rows = [row for row in map(json.loads, lines) if row["step"] <= last_step]
+        self._storage.write_text("".join(json.dumps(row) + "\n" for row in self._rows), _JOURNAL)
+
+    def record(self, step: int, values: Mapping[str, float]) -> None:
+        """Append one row."""
+        row = {"step": step, **values}
+        self._rows.append(row)
+        with open(self._storage.path(_JOURNAL), "a", encoding="utf-8") as journal:
+            journal.write(json.dumps(row) + "\n")
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+            self._gauge(name).set(value)
+
+    def compact(self) -> None:
+        """Write all rows as one Parquet table; a column that a row does not have is null there."""
+        if not self._rows:
+            return
+        names = {name for row in self._rows for name in row}
+        columns = [name for name in LEADING if name in names] + sorted(names.difference(LEADING))
+        table = pa.table({name: [row.get(name) for row in self._rows] for name in columns})
+        self._storage.write_table(table, _TABLE)
+        self._board.flush()
+
+    def close(self) -> None:
+        """Write what is buffered."""
+        self.compact()
+        self._board.close()
+
+    def _gauge(self, name: str) -> Any:
+        from ray.util.metrics import Gauge
+
+        if name not in self._gauges:
+            self._gauges[name] = Gauge(f"concord_{name}", description=f"Concord: {name} of the last step")
+        return self._gauges[name]

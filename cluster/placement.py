@@ -1,0 +1,121 @@
+"""Which processes a run has, what each may use, and a Ray cluster to hold them.
+
+Rollout and reward workers are busy at the same time and share the cores; the learner works while they wait, so it may
+use all of them.  Busy torch threads never exceed cores: oversubscribed OpenMP barriers cost 4-25x.
+"""
+
+import logging
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.config import RunConfig
+
+ENVIRONMENT = {
+    "MKL_CBWR": "AVX2,STRICT",  # one row has the same bits in every batch and for every thread count
+    "OMP_WAIT_POLICY": "PASSIVE",  # idle threads sleep, so stages that alternate can each use all cores
+    "TOKENIZERS_PARALLELISM": "false",
+    "DS_ACCELERATOR": "cpu",
+}
+"""Of every worker process; must be set before torch is loaded."""
+
+
+class PlacementError(RuntimeError):
+    """The cluster cannot hold the run's processes; the message names what is wanted and what there is."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Processes:
+    """Processes of one role; `cpus` is Ray's logical share, `threads` the torch threads."""
+
+    role: str
+    count: int
+    cpus: float
+    gpus: float
+    threads: int
+
+    @property
+    def device(self) -> str:
+        """Return torch's device name for these processes."""
+        return "cuda" if self.gpus else "cpu"
+
+    def options(self) -> dict[str, Any]:
+        """Return Ray actor options."""
+        return {"num_cpus": self.cpus, "num_gpus": self.gpus, "max_restarts": 0, "max_task_retries": 0}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """All processes of a run beside the driver."""
+
+    cores: int
+    rollout: Processes
+    reward: Processes
+    learner: Processes
+
+    @property
+    def all(self) -> tuple[Processes, ...]:
+        """Return the three roles."""
+        return (self.rollout, self.reward, self.learner)
+
+
+def plan_placement(config: RunConfig, *, cores: int | None = None) -> Placement:
+    """Share the cores among the run's processes; `cores` defaults to this machine's."""
+    cores = cores or os.cpu_count() or 1
+    placement, learner_count = config.placement, config.learner.num_ranks
+    rollout_count, reward_count = config.rollouts.num_workers, config.reward.num_workers
+    # One logical CPU each where there are enough; otherwise the stages, which take turns, share what there is.
+    cpus = min(1.0, cores * 100 // (rollout_count + reward_count + learner_count) / 100)
+    reward_threads = placement.reward_threads or max(1, cores // 4 // reward_count)
+    rollout_threads = placement.rollout_threads or max(1, (cores - reward_threads * reward_count) // rollout_count)
+    learner_threads = placement.learner_threads or max(1, cores // learner_count)
+    return Placement(
+        cores=cores,
+        rollout=Processes(
+            role="rollout", count=rollout_count, cpus=cpus, gpus=placement.rollout_gpus, threads=rollout_threads
+        ),
+        reward=Processes(
+            role="reward", count=reward_count, cpus=cpus, gpus=placement.reward_gpus, threads=reward_threads
+        ),
+        learner=Processes(
+            role="learner", count=learner_count, cpus=cpus, gpus=placement.learner_gpus, threads=learner_threads
+        ),
+    )
+
+
+def join_cluster(config: RunConfig) -> int:
+    """Join the configured Ray cluster, or start a local one; return its number of CPUs.
+
+    Ray's token authentication is left on, and a local dashboard listens on the loopback interface only.
+    """
+    import ray
+
+    if not ray.is_initialized():
+        ray.init(
+            address=config.placement.address,
+            namespace="concord",
+            runtime_env={"env_vars": ENVIRONMENT},
+            log_to_driver=bool(os.environ.get("CONCORD_WORKER_LOGS")),
+            logging_level=logging.WARNING,
+        )
+    return int(ray.cluster_resources().get("CPU", 1))
+
+
+def place_gang(processes: Processes, *, timeout_s: float) -> Any:
+    """Reserve one bundle for each rank, on as few nodes as possible; return the placement group.
+
+    Raises:
+        PlacementError: when the cluster cannot hold it in time.
+    """
+    import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    bundle = {"CPU": processes.cpus} | ({"GPU": processes.gpus} if processes.gpus else {})
+    group = placement_group([bundle] * processes.count, strategy="PACK")
+    if not group.wait(timeout_s):
+        remove_placement_group(group)
+        raise PlacementError(
+            f"{processes.count} {processes.role} ranks need {bundle} each, and after {timeout_s:g} s the cluster has "
+            f"{ray.available_resources()} free of {ray.cluster_resources()}; add nodes or lower learner.num_ranks"
+        )
+    return group

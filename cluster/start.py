@@ -1,0 +1,102 @@
+"""The policy a run starts from: a given model, random weights, or a supervised start, trained once and cached."""
+
+import hashlib
+import importlib
+import inspect
+import os
+import sys
+from typing import Any
+
+from cluster.config import ConfigError, RunConfig, validate
+from cluster.placement import Processes
+from cluster.pool import fetch
+from cluster.storage import content_key
+from learner.config import DataConfig, SFTConfig
+
+
+def cache_directory() -> str:
+    """Return where trained starts and written data sets are kept: $CONCORD_CACHE or ~/.cache/concord."""
+    return os.path.abspath(os.environ.get("CONCORD_CACHE") or os.path.expanduser("~/.cache/concord"))
+
+
+def start_config(config: RunConfig) -> SFTConfig | None:
+    """Return the supervised start's configuration with its overrides applied, or None where there is none.
+
+    The run's own `policy.model` wins over the one in the start's file.
+
+    Raises:
+        ConfigError: as for any configuration, so that it can be checked before anything starts.
+    """
+    start = config.policy.start
+    if start is None:
+        return None
+    from omegaconf import OmegaConf
+
+    if not os.path.isfile(start.config):
+        raise ConfigError(
+            f"policy.start.config must be a YAML file, got {start.config!r}; paths start at the working directory"
+        )
+    model = config.policy.model if isinstance(config.policy.model, str) else config.policy.model.model_dump()
+    merged = OmegaConf.merge(OmegaConf.load(start.config), OmegaConf.create(start.set))
+    raw: Any = OmegaConf.to_container(merged, resolve=True)
+    raw["policy"] = {**raw.get("policy", {}), "model": model}
+    return validate(SFTConfig, raw, where=f"{start.config} (policy.start)")
+
+
+def prepare_policy(config: RunConfig, *, learner: Processes) -> str:
+    """Return a local model directory, training the supervised start if it is not cached yet."""
+    from actors.policy import materialize
+
+    cache = cache_directory()
+    sft = start_config(config)
+    if sft is None:
+        return materialize(config.policy, seed=config.run.seed, cache_dir=cache)
+    output = os.path.join(
+        cache, "sft", content_key(sft.model_dump(mode="json", exclude={"output"}), _content(sft.data))
+    )
+    if os.path.isfile(os.path.join(output, "config.json")):
+        return output
+    _train_start(sft.model_copy(update={"output": output}), learner=learner, timeout_s=config.pipeline.timeout_s)
+    return output
+
+
+def _train_start(sft: SFTConfig, *, learner: Processes, timeout_s: float) -> None:
+    import ray
+
+    from cluster.placement import ENVIRONMENT
+
+    options: dict[str, Any] = {
+        "num_cpus": learner.cpus,
+        "num_gpus": learner.gpus,
+        "max_calls": 1,  # the process ends with the task and gives its memory back
+        "runtime_env": {"env_vars": ENVIRONMENT},
+    }
+    task = ray.remote(**options)(_sft_task)
+    fetch(task.remote(sft, learner.threads, cache_directory()), what="the supervised start", timeout_s=timeout_s)
+
+
+def _sft_task(sft: SFTConfig, num_threads: int, cache_dir: str) -> None:
+    from learner.sft import train
+
+    training = sft.training.model_copy(update={"num_threads": sft.training.num_threads or num_threads})
+    train(sft.model_copy(update={"training": training}), cache_dir=cache_dir)
+
+
+def _content(data: DataConfig) -> str:
+    """Return a hash of what a data section stands for: the files' bytes, or the writing function's source."""
+    digest = hashlib.sha256()
+    for path in _files(data):
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _files(data: DataConfig) -> list[str]:
+    if data.make is not None:
+        sys.path[:0] = [os.getcwd()] if os.getcwd() not in sys.path else []
+        module = importlib.import_module(data.make.function.partition(":")[0])
+        return [inspect.getfile(module)]
+    path = data.path or ""
+    if os.path.isdir(path):
+        return sorted(os.path.join(path, name) for name in os.listdir(path))
+    return [path] if os.path.isfile(path) else []

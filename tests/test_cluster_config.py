@@ -1,0 +1,107 @@
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from cluster.config import ConfigError, RunConfig, load, to_yaml, validate
+
+MINIMAL = {
+    "run": {"dir": "runs/x", "num_steps": 2},
+    "policy": {"model": "owner/model"},
+    "prompts": {"path": "prompts.jsonl"},
+    "reward": {"components": {"length": {"function": "rules:length"}}},
+}
+
+
+def _with(path, value):
+    raw = {key: dict(section) for key, section in MINIMAL.items()}
+    *sections, field = path.split(".")
+    target = raw
+    for section in sections:
+        target = target.setdefault(section, {})
+    target[field] = value
+    return raw
+
+
+def test_round_trip_through_yaml(tmp_path):
+    config = validate(RunConfig, MINIMAL, where="test")
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(config))
+    assert load(RunConfig, str(path)) == config
+
+
+def test_overrides_and_references(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(validate(RunConfig, MINIMAL, where="test")))
+    config = load(
+        RunConfig, str(path), ["run.seed=7", "evaluation.seed=${run.seed}", "learner.optimizer.learning_rate=3e-4"]
+    )
+    assert (config.evaluation.seed, config.learner.optimizer.learning_rate) == (7, 3e-4)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "expected"),
+    [
+        ("run.num_step", 3, "run.num_step is not a setting; did you mean 'num_steps'?"),
+        ("rolouts.max_rows", 8, "rolouts is not a setting; did you mean 'rollouts'?"),
+        ("run.num_steps", 0, "run.num_steps must be greater than or equal to 1, got 0"),
+        ("run.num_steps", "many", "run.num_steps must be a valid integer, got 'many'"),
+        ("rollouts.temperature", 0, "rollouts.temperature must be greater than 0, got 0"),
+        ("learner.backend", "zerro", "learner.backend must be 'zero' or 'local', got 'zerro'"),
+        ("learner.zero_stage", 4, "learner.zero_stage must be 0, 1, 2 or 3, got 4"),
+        ("learner.optimizer.lr", 1e-3, "learner.optimizer.lr is not a setting; known keys: "),
+        ("algorithm.kl.target", 6.0, "algorithm.kl: `target` and `horizon` must both be set with controller adaptive"),
+        ("pipeline.max_staleness", 1, "pipeline.max_staleness must be 0, got 1"),
+        (
+            "learner.num_minibatches",
+            99,
+            "learner.num_minibatches must be at most rollouts.prompts_per_step, got 99 > 8",
+        ),
+        ("prompts.make", {"function": "a:b"}, "prompts: exactly one of `path` and `make` must be set"),
+        ("reward.components", {}, "reward.components must be"),
+    ],
+)
+def test_mistakes_are_named_by_full_path(path, value, expected):
+    with pytest.raises(ConfigError) as caught:
+        validate(RunConfig, _with(path, value), where="config.yaml")
+    assert expected in str(caught.value)
+    assert str(caught.value).count("\n") == 0, "one mistake gives one line"
+
+
+def test_missing_value_is_named():
+    raw = {key: value for key, value in MINIMAL.items() if key != "policy"}
+    with pytest.raises(ConfigError, match="policy must be set; it has no default"):
+        validate(RunConfig, raw, where="config.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("run: [1, 2", "must be YAML"), ("- a\n- b", "must hold sections"), ("run: {dir: '${nowhere.x}'}", "nowhere")],
+)
+def test_unreadable_files(tmp_path, text, expected):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=expected):
+        load(RunConfig, str(path))
+
+
+def test_command_line_reports_within_two_seconds_and_without_torch(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("run: {dir: runs/x, num_stepz: 2}\n")
+    program = (
+        "import sys; sys.argv = ['concord', 'train', sys.argv[1]]\n"
+        "from cluster.cli import main\n"
+        "try:\n    main()\n"
+        "finally:\n    print(sorted({'torch', 'ray', 'deepspeed', 'transformers'} & set(sys.modules)))\n"
+    )
+    started = time.perf_counter()
+    result = subprocess.run(
+        [sys.executable, "-c", program, str(path)], capture_output=True, text=True, cwd=os.getcwd(), check=False
+    )
+    assert time.perf_counter() - started < 2.0
+    assert result.returncode == 2
+    assert "run.num_stepz is not a setting; did you mean 'num_steps'?" in result.stderr
+    assert "policy must be set" in result.stderr
+    assert result.stdout.strip() == "[]"
