@@ -18,8 +18,8 @@ def content_hash(*parts: Any) -> str:
 def build_once(directory: str, build: Callable[[str], None]) -> str:
     """Return the absolute path of `directory`, filled by `build(temporary directory)` unless it is already there.
 
-    The directory appears by one rename, so a reader sees all of it or nothing, and of two processes that build at the same
-    time one wins and the other throws its copy away.
+    The directory appears by one rename, so a reader sees all of it or nothing, and of two processes that build at the
+    same time one wins and the other throws its copy away.
     """
     directory = os.path.abspath(directory)
     if os.path.isdir(directory):

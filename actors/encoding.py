@@ -1,8 +1,8 @@
 """Prompts and conversations as token ids.
 
-Chat is encoded segment by segment: the template's own text may hold special tokens, the messages' contents may not, so a user
-who types `<|im_end|>` gets the characters and not the token.  Every encoding of a prompt or completion, for sampling as for
-supervised training, comes from here.
+Chat is encoded segment by segment: the template's own text may hold special tokens, the messages' contents may not,
+so a user who types `<|im_end|>` gets the characters and not the token.  Every encoding of a prompt or completion, for
+sampling as for supervised training, comes from here.
 """
 
 import json
@@ -70,7 +70,8 @@ class PromptEncoder:
         """Return the ids of a prompt, ready for the policy to continue.
 
         Args:
-            prompt: Plain text, which gets the tokenizer's BOS unless it already begins with it, and in which special tokens
+            prompt: Plain text, which gets the tokenizer's BOS unless it already begins with it, and in which special
+                tokens
                 count as such; or messages, which get the chat template and its generation prompt.
 
         Raises:
@@ -88,8 +89,8 @@ class PromptEncoder:
     def encode_conversation(self, messages: list[Message]) -> tuple[list[int], list[bool]]:
         """Return the ids of a conversation and which of them the assistant said.
 
-        Said by the assistant are its contents and the EOS that follows each; the conversation is cut after its last turn, where
-        an EOS is added if the template has none.
+        Said by the assistant are its contents and the EOS that follows each; the conversation is cut after its last
+        turn, where an EOS is added if the template has none.
 
         Returns:
             Two lists of the same length: token ids, and true where supervised training has a loss.
@@ -124,8 +125,8 @@ class PromptEncoder:
     def _pieces(self, messages: list[Message], *, generation_prompt: bool) -> list[tuple[str, int | None]]:
         """Split the rendered chat into the template's text (index None) and contents (index of their message).
 
-        Contents are replaced by sentinels before rendering.  Rendering a second time with blanks around the sentinels tells on
-        which sides the template strips a content, so that it is stripped here in the same way.
+        Contents are replaced by sentinels before rendering.  Rendering a second time with blanks around the sentinels
+        tells on which sides the template strips a content, so that it is stripped here in the same way.
         """
         rendered = self._render(messages, "{}", generation_prompt)
         padded = self._render(messages, " {} ", generation_prompt)
@@ -152,7 +153,11 @@ class PromptEncoder:
             raise ValueError(
                 "chat messages need a tokenizer with a chat template, and this has none; use plain prompts"
             )
-        return self.tokenizer.apply_chat_template(stand_ins, tokenize=False, add_generation_prompt=generation_prompt)
+        rendered = self.tokenizer.apply_chat_template(
+            stand_ins, tokenize=False, add_generation_prompt=generation_prompt
+        )
+        assert isinstance(rendered, str), "a chat template rendered without tokenizing must be text"
+        return rendered
 
     def _ids(self, text: str, *, split_special: bool) -> list[int]:
         if not text:

@@ -1,7 +1,8 @@
 """Loading the policy: model directory, weights, tokenizer, stop ids.
 
-One place for every room, so that engine, reference and learner run the same network with the same attention and no dropout.
-Encoding prompts is in `encoding.py`, models with random weights in `architecture.py`, log-probs in `scoring.py`.
+One place for every room, so that engine, reference and learner run the same network with the same attention and no
+dropout. Encoding prompts is in `encoding.py`, models with random weights in `architecture.py`, log-probs in
+`scoring.py`.
 """
 
 import os
@@ -93,8 +94,8 @@ def local_directory(model: str, *, what: str) -> str:
         return snapshot_download(model, allow_patterns=_HUB_FILES)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{what} must be an existing directory or a hub name, got {model!r}: no directory {os.path.abspath(model)!r}, "
-            f"and the hub does not provide it ({type(error).__name__})"
+            f"{what} must be an existing directory or a hub name, got {model!r}: no directory "
+            f"{os.path.abspath(model)!r}, and the hub does not provide it ({type(error).__name__})"
         ) from error
 
 
@@ -112,7 +113,8 @@ def load_model(
         trust_remote_code=trust_remote_code,
         local_files_only=True,
     )
-    return model.to(device).eval()
+    torch.nn.Module.to(model, device)
+    return model.eval()
 
 
 def load_tokenizer(directory: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -129,8 +131,8 @@ def attention_implementation(config: PreTrainedConfig) -> str:
 def without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
     """Set every dropout rate of `config` to 0, in place, and return it.
 
-    In the configuration rather than by `eval()` alone: some models read the rate from there, and a group's samples that share
-    their prompt's row must not share its noise.
+    In the configuration rather than by `eval()` alone: some models read the rate from there, and a group's samples
+    that share their prompt's row must not share its noise.
     """
     for part in (config, config.get_text_config()):
         for name, value in part.to_dict().items():

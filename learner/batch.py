@@ -1,8 +1,8 @@
 """Plans a step: which groups form each minibatch, which rank computes what, and in which micro-batches.
 
-Everything is decided once, on the driver, from numbers alone (`SAMPLES`); the ranks only carry it out.  What is learnt does not
-depend on the deal: minibatches are chosen before ranks are looked at, and every count a loss is divided by is the minibatch's
-global one.
+Everything is decided once, on the driver, from numbers alone (`SAMPLES`); the ranks only carry it out.  What is learnt
+does not depend on the deal: minibatches are chosen before ranks are looked at, and every count a loss is divided by is
+the minibatch's global one.
 
     groups a, b, c, d (2 samples each), 2 minibatches, 2 ranks
     permutation of (seed, step, epoch)      c a | d b        whole groups, the same for any number of ranks
@@ -90,7 +90,7 @@ class StepContext:
     """Where in the run a step stands."""
 
     step: int
-    """From 0."""
+    """From 1."""
     num_steps: int
     """Steps of the whole run: the schedules end with it."""
     seed: int
@@ -198,8 +198,8 @@ def _check_sizes(groups: _Groups, scores: np.ndarray, *, learner: "LearnerConfig
             f"a batch must have at least learner.num_minibatches = {learner.num_minibatches} groups, got "
             f"{len(groups.ids)} (step {context.step}); a minibatch holds whole groups"
         )
-    if not 0 <= context.step < context.num_steps:
-        raise ValueError(f"step must be between 0 and {context.num_steps - 1}, got {context.step}")
+    if not 1 <= context.step <= context.num_steps:
+        raise ValueError(f"step must be between 1 and run.num_steps = {context.num_steps}, got {context.step}")
 
 
 def _minibatches(num_groups: int, num_minibatches: int, context: StepContext, epoch: int) -> list[list[int]]:
@@ -223,7 +223,7 @@ def _plan_updates(
     pieces: Sequence[Sequence[Piece]], groups: _Groups, *, learner: "LearnerConfig", context: StepContext
 ) -> Iterator[Update]:
     updates_per_step = learner.epochs * learner.num_minibatches
-    total, index = context.num_steps * updates_per_step, context.step * updates_per_step
+    total, index = context.num_steps * updates_per_step, (context.step - 1) * updates_per_step
     for epoch in range(learner.epochs):
         for minibatch, members in enumerate(_minibatches(len(groups.ids), learner.num_minibatches, context, epoch)):
             yield Update(

@@ -1,7 +1,7 @@
 """The optimizer seam: what training code asks of whatever owns parameters, gradients and their sharding.
 
-Two implementations: `learner/zero.py` (DeepSpeed ZeRO) and `learner/local.py` (plain torch, one process).  Training code above the
-seam never asks which one it has.
+Two implementations: `learner/zero.py` (DeepSpeed ZeRO) and `learner/local.py` (plain torch, one process).  Training
+code above the seam never asks which one it has.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -64,7 +64,7 @@ class OptimizerEngine(Protocol):
         """Inside it, `parameters` hold their full values on every rank, read-only."""
 
     def full_state(self) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
-        """Yield, in one order on all ranks, name -> full float32 `param`, `exp_avg`, `exp_avg_sq` of what is trained."""
+        """Yield, in one order on all ranks, trained name -> full float32 `param`, `exp_avg`, `exp_avg_sq`."""
 
     def load_full_state(self, state: Mapping[str, Mapping[str, torch.Tensor]], num_updates: int) -> None:
         """Set parameters and optimizer state from a mapping shaped like `full_state`, and the number of updates."""

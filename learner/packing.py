@@ -1,4 +1,4 @@
-"""Puts sized things into bins: balanced over a fixed number, or as few as a capacity allows.  Pure and deterministic."""
+"""Puts sized things into bins: balanced over a fixed number, or as few as a capacity allows; deterministic."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""The learning rate of every optimizer update: a pure function of its index, so that a plan can name it before any process runs."""
+"""The learning rate of every optimizer update: a pure function of its index, so that the driver can plan it."""
 
 import math
 from typing import TYPE_CHECKING
@@ -10,8 +10,8 @@ if TYPE_CHECKING:
 def learning_rate_at(update: int, total: int, config: "OptimizerConfig") -> float:
     """Return the learning rate of update `update` (from 0) of `total`.
 
-    Warm-up runs at (update + 1) / warmup_steps of the peak, and decay reaches 0 only after the last update, so no update
-    has rate 0.
+    Warm-up runs at (update + 1) / warmup_steps of the peak, and decay reaches 0 only after the last update, so no
+    update has rate 0.
     """
     if update < config.warmup_steps:
         return config.learning_rate * (update + 1) / config.warmup_steps

@@ -6,14 +6,19 @@ What differs from a plain use of DeepSpeed:
 * DeepSpeed averages gradients over ranks, the seam wants their sum: every loss is multiplied by the number of ranks;
 * the inner AdamW has a guard, so that a non-finite loss on one rank stops the update on all of them, in every stage;
 * Adam's moments exist from the start, so that a saved state can be loaded before the first update;
-* nothing is compiled at start (`platform` builds of DeepSpeed's operators take a minute or more on a CPU).
+* nothing is compiled at start: on a CPU, building DeepSpeed's operators takes a minute or more.
 """
 
 import atexit
+import contextlib
+import io
+import logging
 import math
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -27,16 +32,23 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class GuardedAdamW(torch.optim.AdamW):
-    """AdamW that can be told to sit an update out, and counts whether it was asked at all."""
+    """AdamW that can be told to sit an update out, and that clips where DeepSpeed does not report the norm."""
 
-    is_blocked = False
-    num_calls = 0
+    is_blocked = True  # until the engine is built: some stages run an update of zeros then, which would count
+    has_updated = False
+    clip_norm: float | None = None
+    norm = math.nan
 
-    def step(self, closure: Any = None) -> None:
-        """Update, unless blocked."""
-        self.num_calls += 1
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update, unless blocked or the gradient it was asked to clip is not finite."""
+        if self.clip_norm is not None:
+            parameters = [p for group in self.param_groups for p in group["params"]]
+            self.norm = float(nn.utils.clip_grad_norm_(parameters, self.clip_norm))
+            if not math.isfinite(self.norm):
+                return
         if not self.is_blocked:
             super().step(closure)
+            self.has_updated = True
 
 
 class ZeroEngine:
@@ -52,22 +64,21 @@ class ZeroEngine:
         groups: Sequence[ParameterGroup] = (),
         dtype: torch.dtype = torch.float32,
     ) -> None:
+        self.module = module
         self.rank, self.world_size = ranks
         self._device = next(module.parameters()).device
         self._deepspeed = _load_deepspeed(self._device)
         join_group(self.rank, self.world_size, self._device)
         self._stage = stage
-        self._max_grad_norm = config.max_grad_norm
         self._num_updates = 0
         self._is_finite = True
-        trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        self._adamw = GuardedAdamW(adamw_groups(trained, groups, config), betas=config.betas, eps=config.eps)
-        self._engine, *_ = self._deepspeed.initialize(
-            model=module, optimizer=self._adamw, config=deepspeed_config(config, stage=stage, dtype=dtype)
-        )
-        self.module = self._engine.module
-        self._parameters = trained
-        self._masters = _masters(self._engine, self._adamw, stage=stage, dtype=dtype)
+        self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self._adamw = GuardedAdamW(adamw_groups(self._parameters, groups, config), betas=config.betas, eps=config.eps)
+        settings = deepspeed_config(config, stage=stage, dtype=dtype)
+        with contextlib.redirect_stdout(io.StringIO()):  # some stages print their memory use
+            self._engine, *_ = self._deepspeed.initialize(model=module, optimizer=self._adamw, config=settings)
+        if stage == 0 and dtype == torch.float32:
+            self._adamw.clip_norm = config.max_grad_norm
         self._create_moments()
 
     @property
@@ -89,8 +100,8 @@ class ZeroEngine:
         for group in self._adamw.param_groups:
             group["lr"] = learning_rate * group["scale"]
         flag = torch.tensor(0.0 if self._is_finite else 1.0)
-        norm, is_applied = self._run_step(is_blocked=bool(self.all_reduce(flag, "max") > 0))
-        if not is_applied:
+        norm = self._finish(is_blocked=bool(self.all_reduce(flag, "max") > 0))
+        if not self._adamw.has_updated:
             raise NonFiniteError(
                 f"loss and gradient must be finite on all {self.world_size} ranks, got gradient norm {norm}; "
                 "the update was skipped"
@@ -100,15 +111,163 @@ class ZeroEngine:
 
     def discard(self) -> None:
         """Drop the accumulated gradients, on all ranks."""
-        self._run_step(is_blocked=True)
+        self._finish(is_blocked=True)
 
-    def _run_step(self, *, is_blocked: bool) -> tuple[float, bool]:
-        """Let DeepSpeed reduce, clip, update and clean up; return the norm and whether parameters changed."""
+    def all_reduce(self, values: torch.Tensor, operation: str = "sum") -> torch.Tensor:
+        """Return `values` reduced over ranks."""
+        reduced = values.detach().to(self._device, copy=True)
+        dist.all_reduce(reduced, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[operation])
+        return reduced.to(values.device)
+
+    def all_gather(self, value: Any) -> list[Any]:
+        """Return every rank's value, in rank order."""
+        gathered: list[Any] = [None] * self.world_size
+        dist.all_gather_object(gathered, value)
+        return gathered
+
+    def gathered(self, parameters: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
+        """Return a context in which sharded parameters are whole, on every rank."""
+        return self._deepspeed.zero.GatheredParameters(list(parameters), enabled=self._stage == 3)
+
+    def full_state(self) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+        """Yield name -> full float32 `param`, `exp_avg`, `exp_avg_sq`; collective."""
+        masters = self._masters()
+        for name, parameter in self._parameters.items():
+            if masters:
+                master = masters[name]
+                state = {"param": master.detach(), **{key: self._adamw.state[master][key] for key in MOMENTS}}
+            else:
+                read = self._deepspeed.utils.safe_get_full_optimizer_state
+                state = {key: read(parameter, key) for key in MOMENTS}
+                state["param"] = self._deepspeed.utils.safe_get_full_fp32_param(parameter)
+            shape = _full_shape(parameter)
+            yield name, {key: value.reshape(shape).clone() for key, value in state.items()}
+
+    def load_full_state(self, state: Mapping[str, Mapping[str, torch.Tensor]], num_updates: int) -> None:
+        """Set master weights, rounded weights, moments and Adam's step count; collective."""
+        masters = self._masters()
+        for name, parameter in self._parameters.items():
+            saved = {key: value.to(self._device, torch.float32) for key, value in state[name].items()}
+            if masters:
+                master = masters[name]
+                _copy(master, saved["param"])
+                for key in MOMENTS:
+                    _copy(self._adamw.state[master][key], saved[key])
+            else:
+                self._deepspeed.utils.safe_set_full_fp32_param(parameter, saved["param"])
+                for key in MOMENTS:
+                    self._deepspeed.utils.safe_set_full_optimizer_state(parameter, saved[key], key)
+            # DeepSpeed sets only the masters; what the forward pass reads is another tensor
+            with self._deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=self._stage == 3):
+                _copy(parameter, saved["param"])
+        for moments in self._adamw.state.values():
+            moments["step"].fill_(float(num_updates))  # bias correction depends on it
+        self._num_updates = num_updates
+
+    def close(self) -> None:
+        """Free DeepSpeed's buffers; the process group ends with the process, other engines may use it."""
+        self._engine.destroy()
+
+    def _finish(self, *, is_blocked: bool) -> float:
+        """Let DeepSpeed reduce, clip, update unless blocked, and clean up; return the norm before clipping."""
         self._adamw.is_blocked = is_blocked
-        self._adamw.num_calls = 0
-        norm = math.nan
-        if self._stage == 0 and self._masters is None:
-            pass
+        self._adamw.has_updated = False
         self._engine.step()
         self._is_finite = True
-        return norm, not is_blocked and self._adamw.num_calls > 0
+        norm = self._adamw.norm if self._adamw.clip_norm is not None else self._engine.get_global_grad_norm()
+        return math.nan if norm is None else float(norm)
+
+    def _create_moments(self) -> None:
+        """Create Adam's state, which torch would only do in the first update, so that a saved one can be loaded."""
+        optimizer = self._engine.optimizer
+        flat = getattr(optimizer, "fp32_partitioned_groups_flat", None)  # ZeRO 3 keeps them apart from the groups
+        masters = flat or [p for group in self._adamw.param_groups for p in group["params"]]
+        for master in masters:
+            zeros = {key: torch.zeros_like(master, requires_grad=False) for key in MOMENTS}
+            self._adamw.state[master] = {"step": torch.tensor(0.0), **zeros}
+        if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
+            optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _masters(self) -> dict[str, torch.Tensor]:
+        """Return parameter name -> float32 master where nothing is sharded (stage 0), else nothing."""
+        if self._stage != 0:
+            return {}
+        if self._adamw.clip_norm is not None:
+            return dict(self._parameters)
+        optimizer = self._engine.optimizer
+        pairs = zip(chain(*optimizer.fp16_groups), chain(*optimizer.fp32_groups), strict=True)
+        master_of = {id(parameter): master for parameter, master in pairs}
+        return {name: master_of[id(parameter)] for name, parameter in self._parameters.items()}
+
+
+def deepspeed_config(config: OptimizerConfig, *, stage: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Return DeepSpeed's configuration; micro-batch sizes are placeholders, as accumulation is not managed by it."""
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "steps_per_print": 10**9,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {"stage": stage, "overlap_comm": False},
+        "gradient_clipping": config.max_grad_norm,
+    }
+    if dtype == torch.bfloat16:
+        settings["bf16"] = {"enabled": True}
+        if stage > 0:
+            settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    elif dtype == torch.float32 and stage == 0:
+        settings["gradient_clipping"] = 0.0  # GuardedAdamW clips: DeepSpeed would not tell the norm
+    elif dtype != torch.float32:
+        raise ValueError(f"dtype must be float32 or bfloat16 with DeepSpeed, got {dtype}")
+    return settings
+
+
+def join_group(rank: int, world_size: int, device: torch.device) -> None:
+    """Join the process group of the learner's ranks, named by MASTER_ADDR and MASTER_PORT; alone, make one.
+
+    Raises:
+        RuntimeError: if this process already is in a group of another size, or as another rank.
+    """
+    for name, value in {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": 0}.items():
+        os.environ.setdefault(name, str(value))  # DeepSpeed reads them; without them it looks for MPI
+    if dist.is_initialized():
+        found = (dist.get_rank(), dist.get_world_size())
+        if found != (rank, world_size):
+            raise RuntimeError(f"this process must be rank {rank} of {world_size}, but its group says {found}")
+        return
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if world_size == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    else:
+        dist.init_process_group(backend, rank=rank, world_size=world_size)
+    atexit.register(_leave_group)
+
+
+def _leave_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _load_deepspeed(device: torch.device) -> Any:
+    """Import DeepSpeed for this kind of device, without the operator it would compile when ranks first meet."""
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # its calls, not ours
+    operators = getattr(deepspeed.ops, "__compatible_ops__", {})
+    if device.type == "cpu" and "deepspeed_shm_comm" in operators:
+        operators["deepspeed_shm_comm"] = False  # faster only within one machine, and a minute of compiling
+    return deepspeed
+
+
+def _full_shape(parameter: nn.Parameter) -> torch.Size:
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
+    with torch.no_grad():
+        target.copy_(source.reshape(target.shape))

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from actors.config import Config
+from actors.config import Config, Strings
 
 
 class ComponentConfig(Config):
@@ -12,6 +12,8 @@ class ComponentConfig(Config):
 
     model: str | None = None
     """Directory of a reward model trained by `concord reward`, or a Hugging Face sequence-classification model."""
+    ensemble: Strings = ()
+    """Directories of more reward models beside `model`: the component is their mean, `score_std` their deviation."""
     function: str | None = Field(default=None, pattern=r"^[\w.]+:\w+$")
     """`package.module:name` of `f(prompts, completions, **columns) -> list[float | None]` (TRL's signature)."""
     arguments: dict[str, Any] = {}
@@ -31,6 +33,8 @@ class ComponentConfig(Config):
             raise ValueError("exactly one of `model` and `function` must be set")
         if self.model is not None and self.arguments:
             raise ValueError("`arguments` belongs to a function; remove it or set `function` instead of `model`")
+        if self.ensemble and self.model is None:
+            raise ValueError("`ensemble` belongs to a reward model; name the first one in `model`")
         return self
 
 

@@ -65,7 +65,7 @@ def gpt2(vocabulary: int | None = None, **settings: object) -> PolicyConfig:
     return PolicyConfig(model=model)
 
 
-# -- chat ----------------------------------------------------------------------------------------------------------------
+# -- chat ------------------------------------------------------------------------------------------
 
 
 def test_harmless_chat_equals_the_whole_template_encoded_at_once():
@@ -159,7 +159,7 @@ def test_prompt_column_round_trip():
     assert parse_prompt("[" * 100_000) == "[" * 100_000
 
 
-# -- characters and random weights ---------------------------------------------------------------------------------------
+# -- characters and random weights -----------------------------------------------------------------
 
 
 def test_character_tokenizer_spells_every_character(tmp_path):

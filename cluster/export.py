@@ -1,0 +1,46 @@
+"""`concord export`: a checkpoint's policy as a Hugging Face directory, without a cluster."""
+
+import json
+import os
+
+from cluster.config import ConfigError, RunConfig, load
+from cluster.storage import RunStorage
+
+
+def export_policy(run_dir: str, output: str) -> str:
+    """Write the newest checkpoint's policy to `output`; return the path.
+
+    Raises:
+        ConfigError: when the run has no checkpoint.
+    """
+    storage = RunStorage(run_dir)
+    steps = storage.checkpoints()
+    if not steps:
+        raise ConfigError(
+            f"{run_dir} must hold a checkpoint to export, and has none; run at least run.checkpoint_every steps"
+        )
+    config = load(RunConfig, os.path.join(run_dir, "config.yaml"))
+    checkpoint = storage.read_checkpoint(steps[-1])
+    with open(os.path.join(checkpoint, "run.json"), encoding="utf-8") as file:
+        model_dir = json.load(file)["model_dir"]
+    from actors.weights import InProcessTransport
+    from learner.learner import LearnerRank
+
+    # One process in plain torch reads what any number of ranks at any ZeRO stage wrote.
+    rank = LearnerRank(
+        model_dir=model_dir,
+        policy=config.policy,
+        learner=config.learner.model_copy(update={"backend": "local", "num_ranks": 1}),
+        algorithm=config.algorithm,
+        temperature=config.rollouts.temperature,
+        seed=config.run.seed,
+        rank=0,
+        world_size=1,
+        device="cpu",
+        num_threads=os.cpu_count() or 1,
+        transport=InProcessTransport(),
+    )
+    rank.load_state(checkpoint)
+    rank.export_policy(output)
+    rank.close()
+    return os.path.abspath(output)

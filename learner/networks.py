@@ -1,0 +1,122 @@
+"""The networks of one rank with their optimizer engines: one for policy and value head, or two with a separate critic.
+
+The epoch loop asks for predictions, hands losses back and steps; it does not know how many engines there are.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from actors.rows import GroupRow
+from learner.config import AlgorithmConfig, LearnerConfig
+from learner.losses import PPOLoss, Predictions, Targets, ppo_loss, value_loss
+from learner.model import Critic, PolicyAndValue, Scoring, add_lora
+from learner.optimizer import NonFiniteError, OptimizerEngine, make_engine
+from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forward:
+    """What the networks say about a row."""
+
+    logprobs: torch.Tensor
+    """[S]; empty when not wanted."""
+    entropy: torch.Tensor
+    """[S]; empty when not wanted."""
+    values: torch.Tensor
+    """[S + N], R + 1 for each response."""
+
+
+class Networks:
+    """Policy and value function of one rank.
+
+    Args:
+        model: the policy, on its device; wrapped and changed in place.
+        config: backend, ZeRO stage, optimizer, critic, LoRA.
+        scoring: temperature and chunks.
+        dtype: of the forward passes.
+        rank: this process among `config.num_ranks`.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, config: LearnerConfig, *, scoring: Scoring, dtype: torch.dtype, rank: int
+    ) -> None:
+        self._scoring = scoring
+        self.device = model.device
+        is_separate = config.critic == "separate"
+        critic = Critic(model) if is_separate else None
+        if config.gradient_checkpointing:
+            for trunk in (model, critic.trunk) if critic else (model,):
+                trunk.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+                trunk.train()  # checkpointing is off in eval mode; dropout is 0 in the configuration
+        if config.lora is not None:
+            add_lora(model, config.lora)
+            if critic is not None:
+                add_lora(critic.trunk, config.lora)
+        self.module = PolicyAndValue(model, has_value_head=not is_separate)
+        self.policy = self._engine(self.module, config, dtype=dtype, rank=rank)
+        self.critic = self._engine(critic, config, dtype=dtype, rank=rank) if critic else None
+
+    @property
+    def engines(self) -> dict[str, OptimizerEngine]:
+        """Engines by the name that their state has in a checkpoint."""
+        return {"policy": self.policy} | ({"critic": self.critic} if self.critic else {})
+
+    def forward(self, row: GroupRow, *, has_tokens: bool = True) -> Forward:
+        """Run a row; without `has_tokens` only values are computed."""
+        scoring = replace(self._scoring, has_tokens=has_tokens)
+        if self.critic is None:
+            return Forward(**dict(zip(("logprobs", "entropy", "values"), self.policy.forward(row, scoring), strict=True)))
+        empty = torch.empty(0, device=self.device)
+        logprobs, entropy = self.policy.forward(row, scoring)[:2] if has_tokens else (empty, empty)
+        return Forward(logprobs=logprobs, entropy=entropy, values=self.critic.forward(row))
+
+    def backward(
+        self, predictions: Predictions, targets: Targets, weights: torch.Tensor, *, algorithm: AlgorithmConfig, total_tokens: int
+    ) -> PPOLoss:
+        """Accumulate the gradients of one micro-batch's share of the loss; see `ppo_loss`."""
+        if self.critic is None:
+            loss = ppo_loss(predictions, targets, weights, algorithm=algorithm, total_tokens=total_tokens)
+            self.policy.backward(loss.total)
+            return loss
+        constant = replace(predictions, values=predictions.values.detach())
+        loss = ppo_loss(constant, targets, weights, algorithm=algorithm, total_tokens=total_tokens)
+        clip_range = algorithm.value_clip_range
+        values = value_loss(predictions.values, targets.old_values, targets.returns, clip_range=clip_range)
+        self.policy.backward(loss.total)
+        self.critic.backward(algorithm.value_coef * (values * weights).sum())
+        return loss
+
+    def step(self, learning_rate: float) -> float:
+        """Update all networks; return the policy's gradient norm.
+
+        The critic goes first: if its gradient is not finite, neither network changes.
+
+        Raises:
+            NonFiniteError: on all ranks; the policy is unchanged.
+        """
+        if self.critic is not None:
+            try:
+                self.critic.step(learning_rate)
+            except NonFiniteError:
+                self.policy.discard()
+                raise
+        return self.policy.step(learning_rate)
+
+    def close(self) -> None:
+        """Free the engines."""
+        for engine in self.engines.values():
+            engine.close()
+
+    @staticmethod
+    def _engine(module: torch.nn.Module, config: LearnerConfig, *, dtype: torch.dtype, rank: int) -> OptimizerEngine:
+        return make_engine(
+            module,
+            config.optimizer,
+            backend=config.backend,
+            zero_stage=config.zero_stage,
+            rank=rank,
+            world_size=config.num_ranks,
+            dtype=dtype,
+        )

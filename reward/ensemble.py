@@ -1,0 +1,31 @@
+"""Several reward models as one judge: their mean, and how much they disagree."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from actors.encoding import Prompt
+from reward.model import RewardModel
+
+
+class Ensemble:
+    """One or more reward models that read the same texts."""
+
+    def __init__(self, members: Sequence[RewardModel]) -> None:
+        self._members = members
+
+    @classmethod
+    def load(cls, models: Sequence[str], *, device: torch.device, dtype: torch.dtype) -> "Ensemble":
+        """Return the ensemble of saved reward models."""
+        return cls([RewardModel.load(model, device=device, dtype=dtype) for model in models])
+
+    def score(
+        self, texts: Sequence[str], *, prompt: Prompt | None, max_tokens: int
+    ) -> tuple[list[float], list[float | None]]:
+        """Return the members' mean and population standard deviation for each text, None for a single member."""
+        scores = np.array([member.score(texts, prompt=prompt, max_tokens=max_tokens) for member in self._members])
+        deviations: list[float | None] = [None] * len(texts)
+        if len(self._members) > 1:
+            deviations = scores.std(axis=0).tolist()
+        return scores.mean(axis=0).tolist(), deviations

@@ -1,0 +1,105 @@
+"""Rule-based and verifiable rewards: functions of the user, with TRL's signature.
+
+    def f(prompts, completions, **columns) -> list[float | None]
+
+For a plain prompt `prompts` and `completions` are strings; for a chat prompt they are messages, a completion being
+`[{"role": "assistant", "content": ...}]`.  Columns are the data set's other columns, one list each, and
+`completion_ids`; a function without `**columns` gets those it names.  None means that the rule does not apply to the
+sample.
+"""
+
+import inspect
+import math
+from collections.abc import Sequence
+from numbers import Real
+from typing import Any
+
+from actors.encoding import Prompt
+from actors.plugins import import_function
+from reward.errors import RewardError
+
+RESERVED = ("prompts", "completions", "completion_ids")
+"""Argument names that a data set's columns cannot take."""
+
+
+class RewardFunction:
+    """One component that is a function.
+
+    Args:
+        name: of the component.
+        path: import path, `package.module:name`.
+        arguments: more keyword arguments, which win over columns of the same name.
+    """
+
+    def __init__(self, name: str, path: str, arguments: dict[str, Any]) -> None:
+        self._name = name
+        self._arguments = arguments
+        self._function = import_function(path)
+        self._signature = inspect.signature(self._function)
+        kinds = [parameter.kind for parameter in self._signature.parameters.values()]
+        self._takes_all = inspect.Parameter.VAR_KEYWORD in kinds
+
+    def score(
+        self,
+        prompt_id: str,
+        prompt: Prompt,
+        responses: Sequence[str],
+        *,
+        response_ids: Sequence[Sequence[int]],
+        extras: dict[str, Any],
+    ) -> list[float | None]:
+        """Return the function's score of each response to one prompt.
+
+        Raises:
+            RewardError: if it cannot be called with the columns there are, or returns anything but one finite number or
+                None for each response.
+        """
+        columns = {key: [value] * len(responses) for key, value in extras.items() if key not in RESERVED}
+        columns["completion_ids"] = [list(ids) for ids in response_ids]
+        given = {**columns, **self._arguments}
+        if not self._takes_all:
+            given = {key: value for key, value in given.items() if key in self._signature.parameters}
+        call = {"prompts": [prompt] * len(responses), "completions": _completions(prompt, responses), **given}
+        try:
+            self._signature.bind(**call)
+        except TypeError as error:
+            problem = (
+                f"its function must be callable with {sorted(call)}: {error}; the columns come from the prompt file"
+            )
+            raise RewardError(self._name, prompt_id, problem) from error
+        try:
+            scores = self._function(**call)
+        except Exception as error:
+            error.add_note(f"in reward component {self._name!r}, prompt {prompt_id!r}")
+            raise
+        return self._checked(prompt_id, scores, len(responses))
+
+    def _checked(self, prompt_id: str, scores: Any, wanted: int) -> list[float | None]:
+        if not isinstance(scores, Sequence) and not hasattr(scores, "__len__"):
+            raise RewardError(self._name, prompt_id, f"scores must be a list, got {type(scores).__name__}")
+        if len(scores) != wanted:
+            raise RewardError(self._name, prompt_id, f"scores must be {wanted}, one per response, got {len(scores)}")
+        return [None if score is None else self._number(prompt_id, score) for score in scores]
+
+    def _number(self, prompt_id: str, score: Any) -> float:
+        if not isinstance(score, Real):
+            problem = f"a score must be a number or None, got {score!r:.80} ({type(score).__name__})"
+            raise RewardError(self._name, prompt_id, problem)
+        return finite(self._name, prompt_id, float(score))
+
+
+def finite(component: str, prompt_id: str, score: float) -> float:
+    """Return `score`.
+
+    Raises:
+        RewardError: if it is not finite.
+    """
+    if not math.isfinite(score):
+        raise RewardError(component, prompt_id, f"a score must be finite, got {score}")
+    return score
+
+
+def _completions(prompt: Prompt, responses: Sequence[str]) -> list[Any]:
+    if isinstance(prompt, str):
+        return list(responses)
+    return [[{"role": "assistant", "content": response}] for response in responses]

@@ -1,0 +1,249 @@
+"""Reward models: a scalar head on any Hugging Face encoder or decoder, with a normalisation that is part of the model.
+
+score = gain * (w . pooled(trunk(text)) + b) + bias.  The model reads text with its own tokenizer.  Padding is on the
+right and known by lengths, never by comparing ids with the pad token; an over-long text keeps its end.
+"""
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+
+from actors.encoding import Prompt, PromptEncoder
+from actors.policy import attention_implementation, load_tokenizer, local_directory, without_dropout
+
+Pooling = Literal["mean", "cls", "last", "classifier"]
+"""How token states become one vector; `classifier`: the trunk is a whole sequence classifier and returns the scalar."""
+
+_SETTINGS = "reward_model.json"
+_HEAD = "head.safetensors"
+_MIN_ROWS = 4  # fewer rows take another matrix kernel, so a group's bits would depend on its size
+_MAX_ROWS = 64
+
+
+class RewardModel(nn.Module):
+    """Reads texts, returns one number for each."""
+
+    gain: torch.Tensor
+    bias: torch.Tensor
+
+    def __init__(
+        self, trunk: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, pooling: Pooling, has_eos: bool
+    ) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.tokenizer = tokenizer
+        self.pooling = pooling
+        self.has_eos = has_eos  # texts are ended by EOS, so that the last token has seen that nothing follows
+        width = 1 if pooling == "classifier" else trunk.config.get_text_config().hidden_size
+        self.head = nn.Linear(width, 1)
+        self.register_buffer("gain", torch.ones(1))
+        self.register_buffer("bias", torch.zeros(1))
+        self._encoder = PromptEncoder(tokenizer)
+
+    @classmethod
+    def build(
+        cls,
+        model: str,
+        *,
+        pooling: Literal["auto", "mean", "cls", "last"] = "auto",
+        seed: int = 0,
+        trust_remote_code: bool = False,
+    ) -> "RewardModel":
+        """Return a new reward model on a pretrained trunk; the head is N(0, 1 / (d + 1)), its bias 0."""
+        directory = local_directory(model, what="model")
+        config = _config(directory, trust_remote_code)
+        chosen: Pooling = pooling if pooling != "auto" else "last" if is_decoder(config) else "mean"
+        tokenizer = load_tokenizer(directory, trust_remote_code=trust_remote_code)
+        trunk = AutoModel.from_pretrained(directory, **_loading(config, trust_remote_code))
+        built = cls(trunk, tokenizer, pooling=chosen, has_eos=chosen == "last" and tokenizer.eos_token is not None)
+        width = built.head.in_features
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            built.head.weight.normal_(0.0, 1.0 / math.sqrt(width + 1), generator=generator)
+            built.head.bias.zero_()
+        return built.eval()
+
+    @classmethod
+    def load(
+        cls, model: str, *, device: torch.device, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+    ) -> "RewardModel":
+        """Return a saved reward model, or a Hugging Face sequence classifier with one label as such.
+
+        Raises:
+            ValueError: if the directory holds neither.
+        """
+        directory = local_directory(model, what="reward model")
+        loading = _loading(_config(directory, trust_remote_code), trust_remote_code)
+        tokenizer = load_tokenizer(directory, trust_remote_code=trust_remote_code)
+        if not os.path.isfile(os.path.join(directory, _SETTINGS)):
+            loaded = _from_classifier(directory, tokenizer, loading)
+        else:
+            with open(os.path.join(directory, _SETTINGS), encoding="utf-8") as file:
+                settings = json.load(file)
+            kind = AutoModelForSequenceClassification if settings["pooling"] == "classifier" else AutoModel
+            loaded = cls(kind.from_pretrained(directory, **loading), tokenizer, **settings)
+            loaded._load_head(os.path.join(directory, _HEAD))
+        return loaded.to(device=device, dtype=dtype).eval()
+
+    def save(self, directory: str) -> None:
+        """Write trunk and tokenizer as Hugging Face files, head and normalisation as safetensors, settings as JSON."""
+        os.makedirs(directory, exist_ok=True)
+        self.trunk.save_pretrained(directory)
+        self.tokenizer.save_pretrained(directory)
+        rest = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith("trunk.")}
+        save_file({name: tensor.contiguous() for name, tensor in rest.items()}, os.path.join(directory, _HEAD))
+        with open(os.path.join(directory, _SETTINGS), "w", encoding="utf-8") as file:
+            json.dump({"pooling": self.pooling, "has_eos": self.has_eos}, file)
+
+    def encode(self, text: str, *, prompt: Prompt | None = None, max_tokens: int) -> list[int]:
+        """Return the ids of a text, at most `max_tokens`, the end kept.
+
+        With a prompt it is read as the answer: behind a plain prompt as it stands, after chat messages in the model's
+        own chat template where it has one, else line by line.  Special tokens in a text stay text.
+        """
+        if isinstance(prompt, list) and self.tokenizer.chat_template is not None and text.strip():
+            answered = [*prompt, {"role": "assistant", "content": text}]
+            return self._encoder.encode_conversation(answered)[0][-max_tokens:]
+        before = prompt if isinstance(prompt, str) else "".join(m["content"] + "\n" for m in prompt or ())
+        self.tokenizer.truncation_side = "left"  # drops the beginning, keeps what the tokenizer puts around a text
+        ids = self.tokenizer(
+            before + text, truncation=True, max_length=max_tokens - self.has_eos, split_special_tokens=True
+        ).input_ids
+        return [*ids, self.tokenizer.eos_token_id] if self.has_eos else ids
+
+    def forward(self, input_ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """Return normalised scores.
+
+        Args:
+            input_ids: [B, T], padded on the right with any id.
+            lengths: [B], tokens of each text.
+
+        Returns:
+            [B], in the head's dtype.
+        """
+        is_text = torch.arange(input_ids.shape[1], device=input_ids.device) < lengths[:, None]
+        output = self.trunk(input_ids=input_ids, attention_mask=is_text.long())
+        if self.pooling == "classifier":
+            pooled = output.logits
+        else:
+            pooled = _pool(output.last_hidden_state, is_text, self.pooling)
+        return self.gain * self.head(pooled)[:, 0] + self.bias
+
+    @torch.inference_mode()
+    def score(self, texts: Sequence[str], *, prompt: Prompt | None = None, max_tokens: int = 512) -> list[float]:
+        """Return the scores of one group's texts; the bits depend on these texts alone."""
+        encoded = [self.encode(text, prompt=prompt, max_tokens=max_tokens) or [self._filler] for text in texts]
+        scores: list[float] = []
+        for start in range(0, len(encoded), _MAX_ROWS):
+            part = encoded[start : start + _MAX_ROWS]
+            rows = part + [part[-1]] * (_MIN_ROWS - len(part))
+            input_ids, lengths = pad_rows(rows, device=self.head.weight.device)
+            scores += self(input_ids, lengths)[: len(part)].float().tolist()
+        return scores
+
+    def normalize(self, scores: Sequence[float]) -> None:
+        """Give reference samples, whose scores these are, mean 0 and deviation 1: gain 1/sigma, bias -mu/sigma.
+
+        Raises:
+            ValueError: if the scores are all the same.
+        """
+        values = torch.tensor(scores, dtype=torch.float64)
+        sigma, mean = float(values.std(correction=0)), float(values.mean())
+        if not sigma > 0:
+            raise ValueError(f"reference scores must differ, got {len(scores)} times {mean}")
+        with torch.no_grad():
+            self.gain.div_(sigma)
+            self.bias.sub_(mean).div_(sigma)
+
+    def _load_head(self, path: str) -> None:
+        found = load_file(path)
+        wanted = {name for name in self.state_dict() if not name.startswith("trunk.")}
+        if set(found) != wanted:
+            raise ValueError(f"a reward model's head must hold {sorted(wanted)}, got {sorted(found)} ({path})")
+        self.load_state_dict(found, strict=False)
+
+    @property
+    def _filler(self) -> int:
+        """The id read in place of a text without any token."""
+        return self.tokenizer.eos_token_id or 0
+
+
+def pad_rows(rows: Sequence[Sequence[int]], *, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ([B, T] int64 ids padded on the right with 0, [B] lengths)."""
+    lengths = [len(row) for row in rows]
+    longest = max(lengths)
+    padded = [[*row, *[0] * (longest - len(row))] for row in rows]
+    return torch.tensor(padded, device=device), torch.tensor(lengths, device=device)
+
+
+def is_decoder(config: PreTrainedConfig) -> bool:
+    """Return whether a model reads left to right only; BERT's family has both kinds of head and is an encoder."""
+    kind = config.model_type
+    return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+
+def _pool(states: torch.Tensor, is_text: torch.Tensor, pooling: Pooling) -> torch.Tensor:
+    """Return [B, H] of [B, T, H]."""
+    if pooling == "cls":
+        return states[:, 0]
+    lengths = is_text.sum(dim=1)
+    if pooling == "last":
+        return states[torch.arange(len(states), device=states.device), lengths - 1]
+    return (states * is_text[..., None]).sum(dim=1) / lengths[:, None]
+
+
+def _config(directory: str, trust_remote_code: bool) -> PreTrainedConfig:
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code, local_files_only=True)
+    return without_dropout(config)
+
+
+def _loading(config: PreTrainedConfig, trust_remote_code: bool) -> dict[str, Any]:
+    return {
+        "config": config,
+        "dtype": torch.float32,
+        "attn_implementation": attention_implementation(config),
+        "use_safetensors": True,
+        "trust_remote_code": trust_remote_code,
+        "local_files_only": True,
+    }
+
+
+def _from_classifier(directory: str, tokenizer: PreTrainedTokenizerBase, loading: dict[str, Any]) -> RewardModel:
+    config = loading["config"]
+    architectures = config.architectures or ["none"]
+    if config.num_labels != 1 or not architectures[0].endswith("ForSequenceClassification"):
+        raise ValueError(
+            f"a reward model must be one of `concord reward` or a sequence classifier with one label, "
+            f"got {architectures[0]} with {config.num_labels} labels ({directory}); train one with `concord reward`"
+        )
+    classifier = AutoModelForSequenceClassification.from_pretrained(directory, **loading)
+    # Decoders are taken apart, because Hugging Face finds their last token by comparing ids with the pad token.
+    last_layer = dict(classifier.named_children()).get("score")
+    if isinstance(last_layer, nn.Linear):
+        model = RewardModel(classifier.base_model, tokenizer, pooling="last", has_eos=False)
+        weight, bias = last_layer.weight, last_layer.bias
+    else:
+        model = RewardModel(classifier, tokenizer, pooling="classifier", has_eos=False)
+        weight, bias = torch.ones(1, 1), None
+    with torch.no_grad():
+        model.head.weight.copy_(weight)
+        model.head.bias.copy_(torch.zeros(1) if bias is None else bias)
+    return model

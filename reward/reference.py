@@ -1,0 +1,30 @@
+"""The reference policy: the frozen network that the policy is kept near."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from actors.config import PolicyConfig
+from actors.policy import load_model, resolve_dtype
+from actors.scoring import reference_logprobs
+
+
+class ReferencePolicy:
+    """Log-probs of responses under the policy that training started from."""
+
+    version = 0
+    """Grows when the reference is replaced."""
+
+    def __init__(self, directory: str, policy: PolicyConfig, *, temperature: float, device: torch.device) -> None:
+        self._temperature = temperature
+        self._model = load_model(
+            directory,
+            dtype=resolve_dtype(policy.dtype, device),
+            device=device,
+            trust_remote_code=policy.trust_remote_code,
+        ).requires_grad_(False)
+
+    def logprobs(self, prompt_ids: Sequence[int], responses: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        """Return the log-probs of one group's responses at the run's temperature: [R] float32 each."""
+        return reference_logprobs(self._model, prompt_ids, responses, temperature=self._temperature)

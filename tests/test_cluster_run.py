@@ -1,0 +1,155 @@
+"""The spine, everything real: Ray actors, DeepSpeed, publish, evaluation, checkpoints; only the model is tiny."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from actors.schema import check
+from cluster.config import ConfigError, RunConfig, to_yaml, validate
+from cluster.loop import train, train_step
+from cluster.run import Run
+from reward.schema import SCORED
+
+NUM_STEPS = 4
+
+
+def _config(directory, data, **sections):
+    raw = {
+        "run": {"dir": str(directory), "num_steps": NUM_STEPS, "checkpoint_every": 2},
+        "policy": {
+            "model": {
+                "architecture": {"model_type": "gpt2", "n_layer": 2, "n_head": 2, "n_embd": 32, "vocab_size": 6},
+                "tokenizer": {"characters": "abcd"},
+            }
+        },
+        "prompts": {"path": str(data / "prompts.jsonl")},
+        "rollouts": {"prompts_per_step": 4, "samples_per_prompt": 4, "max_new_tokens": 8, "max_rows": 8},
+        "reward": {"components": {"share": {"function": "tests.rules:share_of_a"}}},
+        "learner": {"optimizer": {"learning_rate": 3e-3}, "num_minibatches": 2, "epochs": 2},
+        "algorithm": {"kl": {"coef": 0.01}},
+        "evaluation": {"prompts": {"path": str(data / "held_out.jsonl")}, "every": 2, "num_prompts": 4},
+    }
+    for name, section in sections.items():
+        raw[name] = raw.get(name, {}) | section
+    return validate(RunConfig, raw, where="test")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("data")
+    rows = [json.dumps({"prompt": text, "id": f"p{n}"}) for n, text in enumerate("abcdabcd")]
+    (directory / "prompts.jsonl").write_text("\n".join([*rows, '{"prompt": 3}']) + "\n")
+    (directory / "held_out.jsonl").write_text("\n".join(json.dumps({"prompt": text}) for text in ("ab", "cd")) + "\n")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def straight(ray_cluster, data, tmp_path_factory):
+    """A run from start to end without a stop."""
+    directory = tmp_path_factory.mktemp("runs") / "straight"
+    with Run(_config(directory, data)) as run:
+        train(run)
+    return directory
+
+
+def _metrics(directory):
+    rows = pq.read_table(directory / "metrics.parquet").to_pylist()
+    return [{name: value for name, value in row.items() if not name.endswith("_s")} for row in rows]
+
+
+def _weights(directory):
+    return AutoModelForCausalLM.from_pretrained(directory / "policy").state_dict()
+
+
+def test_metrics_have_a_row_a_step(straight):
+    table = pq.read_table(straight / "metrics.parquet")
+    assert table["step"].to_pylist() == [0, 1, 2, 3, 4]
+    assert table["policy_version"].to_pylist() == [0, 1, 2, 3, 4]
+    names = "score_mean score_std kl response_length_mean generate_s score_s learn_s publish_s policy_loss value_loss"
+    for name in [*names.split(), "entropy", "approx_kl", "clip_fraction", "grad_norm", "learning_rate"]:
+        assert table[name].null_count == 1, f"{name} has a value in each step, and none before training"
+    assert [row is None for row in table["eval_score_mean"].to_pylist()] == [False, True, False, True, False]
+    assert table["eval_kl"][0].as_py() == pytest.approx(0.0, abs=1e-5), "the start is its own reference"
+
+
+def test_recorded_logprobs_are_the_learners_after_every_publish(straight):
+    gaps = pq.read_table(straight / "metrics.parquet")["learner_logprob_gap"].to_pylist()[1:]
+    assert max(gaps) < 1e-4
+
+
+def test_the_policy_learns(straight):
+    scores = pq.read_table(straight / "metrics.parquet")["eval_score_mean"].drop_null().to_pylist()
+    assert scores[-1] > scores[0]
+
+
+def test_rollouts_are_on_disk_with_their_schema(straight):
+    for step in range(1, NUM_STEPS + 1):
+        table = check(pq.read_table(straight / "rollouts" / f"step-{step}.parquet"), SCORED, "test")
+        assert table.num_rows == 16
+        versions = {version for row in table["policy_versions"].to_pylist() for version in row}
+        assert versions == {step - 1}, "exactly on-policy"
+
+
+def test_summary_names_the_malformed_row_and_conserves_groups(straight, data):
+    summary = json.loads((straight / "summary.json").read_text())
+    assert summary["groups"] == {"accepted": 16, "trained": 16, "dropped": 0, "quarantined": 0, "in_flight": 0}
+    assert [(row["file"], row["line"]) for row in summary["quarantined_rows"]] == [(str(data / "prompts.jsonl"), 9)]
+
+
+def test_stopped_and_continued_equals_uninterrupted_to_the_bit(straight, ray_cluster, data):
+    directory = straight.parent / "stopped"
+    with Run(_config(directory, data)) as run:
+        run.evaluate_start()
+        for step in run.steps():
+            train_step(run, step)
+            if step == 3:  # after the checkpoint of step 2: step 3 is done again
+                break
+    assert _metrics(directory)[-1]["step"] == 3
+    with Run(_config(directory, data)) as run:
+        assert run.step == 2
+        train(run)
+    assert _metrics(directory) == _metrics(straight)
+    expected = _weights(straight)
+    for name, tensor in _weights(directory).items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_another_configuration_on_the_same_directory_is_refused(straight, data):
+    with pytest.raises(ConfigError, match="holds a run with another configuration"):
+        Run(_config(straight, data, algorithm={"kl": {"coef": 0.5}}))
+
+
+def test_interrupt_leaves_no_process_and_a_readable_directory(data, tmp_path):
+    directory = tmp_path / "interrupted"
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(_config(directory, data, run={"num_steps": 1000, "dir": str(directory)})))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cluster.cli", "train", str(path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=os.getcwd(),
+    )
+    journal = directory / "metrics.jsonl"
+    deadline = time.monotonic() + 180
+    while not (journal.exists() and len(journal.read_text().splitlines()) >= 3):
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert len(children) >= 4, "Ray and three workers"
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert alive == []
+    assert pq.read_table(directory / "metrics.parquet").num_rows >= 3
