@@ -36,3 +36,30 @@ def build_once(directory: str, build: Callable[[str], None]) -> str:
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return directory
+
+
+def replace_directory(directory: str, build: Callable[[str], None], *, marker: str) -> str:
+    """Fill `directory` by `build(temporary directory)` in place of an earlier result; return its absolute path.
+
+    Args:
+        directory: where the result shall be.
+        build: writes it into an empty directory; if it fails, nothing is changed.
+        marker: a file that every such result holds, so that nothing else is ever deleted.
+
+    Raises:
+        ValueError: if `directory` holds something else.
+    """
+    directory = os.path.abspath(directory)
+    if os.path.isdir(directory) and os.listdir(directory) and not os.path.isfile(os.path.join(directory, marker)):
+        raise ValueError(f"the output must be a new directory or an earlier result, got {directory!r} without {marker}")
+    building = f"{directory}.building-{uuid.uuid4().hex[:8]}"
+    os.makedirs(building)
+    try:
+        build(building)
+        if os.path.isdir(directory):
+            os.rename(directory, f"{building}-old")
+        os.rename(building, directory)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+        shutil.rmtree(f"{building}-old", ignore_errors=True)
+    return directory

@@ -4,7 +4,7 @@ An engine is driven by one thread.  It owns model weights, KV memory and the ord
 not know prompts' sources, rewards, Ray or the loop.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 FinishReason = Literal["eos", "stop", "length"]
 UpdateMode = Literal["drain", "keep", "reprefill"]
 Capability = Literal["seeded_per_sample", "batch_invariant", "logits_hook", "in_flight_update"]
+
+
+class EngineError(RuntimeError):
+    """Generation failed, or the engine was asked for something its state does not allow."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,8 +37,8 @@ class SamplingParams:
 class Request:
     """One prompt and its `num_samples` samples.
 
-    `seed` is a pure function of (run seed, group), see `actors.sampling.group_seed`; with the sample index and the token's
-    position it fixes every draw, so a retried request gives the same bits on any worker.
+    `seed` is a pure function of (run seed, group), see `actors.sampling.group_seed`; with the sample index and the
+    token's position it fixes every draw, so a retried request gives the same bits on any worker.
     """
 
     request_id: str
@@ -79,6 +83,47 @@ class EngineStats:
     num_waiting_requests: int = 0
     kv_bytes: int = 0
     extra: dict[str, float] = field(default_factory=dict)
+
+
+def check_request(request: Request, *, in_flight: Container[str], max_len: int) -> None:
+    """Check what every engine demands of a request.
+
+    Args:
+        request: to be submitted.
+        in_flight: ids of the requests that are queued or live.
+        max_len: longest prompt with response, tokens.
+
+    Raises:
+        ValueError: if the request could never be served.
+    """
+    where, sampling, num_prompt = f"request {request.request_id!r}", request.sampling, len(request.prompt_ids)
+    longest = sampling.max_new_tokens
+    if request.request_id in in_flight:
+        raise ValueError(f"request ids must be unique while in flight, got a second {where}; name it differently")
+    if not num_prompt:
+        raise ValueError(f"prompts must have at least one token, got none ({where}); add a BOS token or some text")
+    if request.num_samples < 1 or longest < 1:
+        raise ValueError(
+            f"num_samples and max_new_tokens must be at least 1, got {request.num_samples} and {longest} ({where}); "
+            "raise them"
+        )
+    if sampling.temperature < 0 or sampling.top_k < 0 or not 0 < sampling.top_p <= 1:
+        raise ValueError(
+            f"temperature and top_k must be at least 0 and top_p in (0, 1], got {sampling.temperature}, "
+            f"{sampling.top_k} and {sampling.top_p} ({where}); correct the sampling settings"
+        )
+    if "" in sampling.stop:
+        raise ValueError(f"stop strings must not be empty, got {sampling.stop} ({where}); remove the empty one")
+    if num_prompt + longest > max_len:
+        raise ValueError(
+            f"prompt and response must fit into {max_len} tokens, got {num_prompt} + {longest} ({where}); "
+            "shorten the prompt or lower max_new_tokens"
+        )
+    forced = request.forced_lengths
+    if forced and not (len(forced) == request.num_samples and 0 < min(forced) <= max(forced) <= longest):
+        raise ValueError(
+            f"forced_lengths must be one length in 1..{longest} per sample, got {forced} ({where}); correct them"
+        )
 
 
 class Engine(Protocol):

@@ -19,17 +19,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 Layout = Literal["shared", "padded"]
+Tokens = Sequence[int] | np.ndarray
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptGroup:
     """One prompt and some responses to it, as token ids; neither may be empty."""
 
-    prompt_ids: Sequence[int]
-    responses: Sequence[Sequence[int]]
+    prompt_ids: Tokens
+    responses: Sequence[Tokens]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

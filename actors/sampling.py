@@ -26,8 +26,8 @@ def group_seed(run_seed: int, group_id: str) -> int:
 def uniforms(seeds: np.ndarray, sample_index: np.ndarray, positions: np.ndarray) -> np.ndarray:
     """Return one uniform number per row, counter-based.
 
-    The three counters are absorbed one after another, each followed by a full SplitMix64 finaliser, so that neighbouring
-    samples and positions are unrelated.
+    The three counters are absorbed one after another, each followed by a full SplitMix64 finaliser, so that
+    neighbouring samples and positions are unrelated.
 
     Args:
         seeds: [B] group seeds, non-negative, below 2**64.
@@ -50,8 +50,8 @@ def sample(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw one token per row by inverting its cumulative distribution.
 
-    A row's result has the same bits in whatever batch it stands.  Truncation (top-k, top-p) decides what can be drawn; the
-    recorded log-prob stays that of the full distribution.
+    A row's result has the same bits in whatever batch it stands.  Truncation (top-k, top-p) decides what can be drawn;
+    the recorded log-prob stays that of the full distribution.
 
     Args:
         logits: [B, V] any floating dtype; computed in float32.
@@ -123,4 +123,5 @@ def _inverse_cdf(probs: torch.Tensor, uniform: np.ndarray) -> torch.Tensor:
     drawn = torch.searchsorted(cumulative, threshold, right=True)
     # Rounding can lift the threshold to the total itself: then the last token that has any probability is meant.
     last = torch.searchsorted(cumulative, total)
-    return torch.minimum(drawn, last)[:, 0]
+    # NaN probabilities find no place at all; the NaN log-prob then tells, the index only has to exist.
+    return torch.minimum(drawn, last).clamp(max=probs.shape[1] - 1)[:, 0]

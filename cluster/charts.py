@@ -3,6 +3,7 @@
 Which metrics are drawn together is declared in `charts_of`; where a run does not have a metric, the others are drawn.
 """
 
+import html
 import io
 import re
 from collections.abc import Mapping, Sequence
@@ -13,8 +14,6 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
-
-matplotlib.use("svg")
 
 Columns = Mapping[str, np.ndarray]
 """Metric name -> [number of rows] float64, NaN where a row does not have it."""
@@ -71,7 +70,9 @@ def charts_of(components: Sequence[str]) -> list[Chart]:
         _pair("Responses that end by themselves", "Share that is not cut off at the length limit.", "eos_fraction"),
         _single("Entropy", "Of the next-token distribution, nats per token.", "entropy"),
         _single("Clip fraction", "Share of tokens whose probability ratio is clipped.", "clip_fraction"),
-        _single("KL of one update", "From the policy that sampled to the one that learned, nats per token.", "approx_kl"),
+        _single(
+            "KL of one update", "From the policy that sampled to the one that learned, nats per token.", "approx_kl"
+        ),
         _single("Policy loss", "Clipped surrogate, mean over the step's updates.", "policy_loss"),
         _single("Value loss", "Squared error of the value head.", "value_loss"),
         _single("Explained variance", "Of returns by the value head; 1 is perfect.", "value_explained_variance"),
@@ -100,7 +101,7 @@ def draw(chart: Chart, columns: Columns, *, salt: str) -> str:
         columns: the run's metrics, with `step`.
         salt: makes the element ids of this chart unlike those of the page's other charts.
     """
-    settings: dict[str, Any] = {
+    settings: Any = {
         "svg.fonttype": "none",  # text stays text
         "svg.hashsalt": salt,
         "text.parse_math": False,  # a metric's name is a name
@@ -114,9 +115,10 @@ def draw(chart: Chart, columns: Columns, *, salt: str) -> str:
     }
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=(3.9, 2.15))
-        axes = figure.add_axes((0.125, 0.12, 0.855, 0.83))
-        _prepare(axes)
+        axes = figure.add_axes((0.0, 0.12, 0.98, 0.83))
+        _prepare(axes, columns["step"])
         (_draw_stack if chart.is_stacked else _draw_lines)(axes, chart, columns)
+        _make_room_for_labels(axes)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Type": None})
     return _inline(buffer.getvalue(), label=chart.title, salt=salt)
@@ -141,14 +143,29 @@ def _single(title: str, note: str, column: str) -> Chart:
     return Chart(title=title, note=note, series=(Series(column=column, label="training", colour=1),))
 
 
-def _prepare(axes: Any) -> None:
+def _prepare(axes: Any, steps: np.ndarray) -> None:
+    margin = max(0.5, 0.02 * float(np.ptp(steps)))
+    axes.set_xlim(steps.min() - margin, steps.max() + margin)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.grid(axis="y", color=_GRID, linewidth=0.7)
     axes.set_axisbelow(True)
     axes.tick_params(length=0, pad=4)
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axes.yaxis.set_major_locator(MaxNLocator(5))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.6g}"))
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _number(value)))
+
+
+def _number(value: float) -> str:
+    """Return a tick's label, e.g. 0.25, 1,500 or 2e-5."""
+    return re.sub(r"e([+-])0*", lambda found: "e" + found[1].strip("+"), f"{value:,.6g}")
+
+
+def _make_room_for_labels(axes: Any) -> None:
+    low, high = axes.get_ylim()
+    longest = max(len(_number(tick)) for tick in axes.get_yticks() if low <= tick <= high)
+    left, bottom, width, height = axes.get_position().bounds
+    room = 0.03 + 0.0195 * longest  # of the figure's width: a digit at this font size
+    axes.set_position((left + room, bottom, width - room, height))
 
 
 def _draw_lines(axes: Any, chart: Chart, columns: Columns) -> None:
@@ -196,4 +213,4 @@ def _inline(svg: str, *, label: str, salt: str) -> str:
     rest = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{salt}-", rest)
     for colour, variable in _COLOURS.items():
         rest = rest.replace(colour, variable)
-    return f'<svg {view_box.group()} role="img" aria-label="{label}">{rest.strip()}'
+    return f'<svg {view_box.group()} role="img" aria-label="{html.escape(label)}">{rest.strip()}'

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from actors.config import PolicyConfig, PromptsConfig
 from cluster.config import ConfigError, RunConfig
 from cluster.start import start_config
+from learner.config import DataConfig
 
 _PATHS = "paths and modules start at the working directory"
 
@@ -18,9 +19,14 @@ def check_run(config: RunConfig) -> None:
     Raises:
         ConfigError: with one line for each problem.
     """
-    problems = [*_directory(config), *_policy(config.policy), *_prompts("prompts", config.prompts), *_reward(config)]
+    problems = [
+        *_directory(config),
+        *check_policy(config.policy),
+        *check_data(config.prompts, where="prompts"),
+        *_reward(config),
+    ]
     if config.evaluation.prompts:
-        problems += _prompts("evaluation.prompts", config.evaluation.prompts)
+        problems += check_data(config.evaluation.prompts, where="evaluation.prompts")
     if problems:
         raise ConfigError("\n".join(problems))
     start_config(config)
@@ -49,18 +55,20 @@ def _directory(config: RunConfig) -> Iterator[str]:
         yield f"run.dir must be a directory, and {directory!r} is a file"
 
 
-def _policy(policy: PolicyConfig) -> Iterator[str]:
+def check_policy(policy: PolicyConfig, *, where: str = "policy.model") -> Iterator[str]:
+    """Yield what is wrong with the model that is named."""
     if isinstance(policy.model, str):
-        yield from check_model("policy.model", policy.model)
+        yield from check_model(where, policy.model)
     elif "model_type" not in policy.model.architecture:
         yield "policy.model.architecture.model_type must be set, for instance gpt2 or llama"
 
 
-def _prompts(where: str, prompts: PromptsConfig) -> Iterator[str]:
-    if prompts.make:
-        yield from _function(f"{where}.make.function", prompts.make.function)
-    elif prompts.path and "://" not in prompts.path and not os.path.exists(prompts.path):
-        yield f"{where}.path must be an existing file or directory, got {prompts.path!r}; {_PATHS}"
+def check_data(data: PromptsConfig | DataConfig, *, where: str = "data") -> Iterator[str]:
+    """Yield what is wrong with the file or function that rows come from."""
+    if data.make:
+        yield from _function(f"{where}.make.function", data.make.function)
+    elif data.path and "://" not in data.path and not os.path.exists(data.path):
+        yield f"{where}.path must be an existing file or directory, got {data.path!r}; {_PATHS}"
 
 
 def _reward(config: RunConfig) -> Iterator[str]:

@@ -8,15 +8,26 @@ import os
 import time
 from typing import Any
 
+import pyarrow as pa
+
 from actors.weights import Publication, WeightTransport
 from cluster.config import RunConfig
 from cluster.pipeline import Batch
 from cluster.placement import Processes
 from cluster.pool import Gang
+from learner.batch import StepPlan
 from learner.controller import StepController
 from learner.learner import LearnerRank
 
 _CONTROLLER = "controller.json"
+
+
+class _Rank(LearnerRank):
+    """A rank as Ray calls it: references become tables only where they are arguments of their own."""
+
+    def step_on(self, plan: StepPlan, *tables: pa.Table) -> dict[str, float]:
+        """Call `step`."""
+        return self.step(tables, plan)
 
 
 class LearnerGang:
@@ -43,7 +54,7 @@ class LearnerGang:
                 "transport": transport,
             }
 
-        self._gang = Gang(LearnerRank, arguments, processes, ready_timeout_s=config.placement.ready_timeout_s)
+        self._gang = Gang(_Rank, arguments, processes, ready_timeout_s=config.placement.ready_timeout_s)
         self._ready_timeout_s = config.placement.ready_timeout_s
 
     def wait_ready(self) -> None:
@@ -55,7 +66,7 @@ class LearnerGang:
         """Train on one batch; return the step's metrics."""
         started = time.perf_counter()
         plan = self.controller.plan(batch.step, batch.samples)
-        calls = [rank.step.remote(plan, *batch.tables) for rank in self._gang.ranks]
+        calls = [rank.step_on.remote(plan, *batch.tables) for rank in self._gang.ranks]
         metrics: dict[str, float] = self._gang.call(calls, what=f"step {batch.step}", timeout_s=self._timeout_s)[0]
         metrics |= self.controller.metrics(plan, batch.samples)
         self.controller.observe(plan, batch.samples)

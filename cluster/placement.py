@@ -15,7 +15,7 @@ ENVIRONMENT = {
     "MKL_CBWR": "AVX2,STRICT",  # one row has the same bits in every batch and for every thread count
     "OMP_WAIT_POLICY": "PASSIVE",  # idle threads sleep, so stages that alternate can each use all cores
     "TOKENIZERS_PARALLELISM": "false",
-    "DS_ACCELERATOR": "cpu",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }
 """Of every worker process; must be set before torch is loaded."""
 

@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from learner.config import AlgorithmConfig, LearnerConfig
     from reward.config import RewardConfig
 
-RESERVED_NAMES = frozenset({"score", "return", "advantage", "response_length"})
-"""Metrics called `<name>_mean` or `<name>_std` that are not a component's."""
-
 _KL_COLUMNS = ("group_id", "sample_index", "kl")
 
 
@@ -41,12 +38,6 @@ class StepController:
         num_steps: int,
         seed: int,
     ) -> None:
-        taken = RESERVED_NAMES & set(reward.components)
-        if taken:
-            raise ValueError(
-                f"reward.components must not be named {sorted(RESERVED_NAMES)}, got {sorted(taken)}; metrics of these "
-                "names exist already"
-            )
         self._learner = learner
         self._num_steps = num_steps
         self._seed = seed

@@ -3,8 +3,8 @@
 Samples are put into the plan's order, (group_ids, sample index), whatever order the tables came in, so nothing that is
 learnt depends on arrival.  Every rank computes every sample's targets from the gathered values, so all ranks agree.
 
-What differs from PPO's usual form: when the learner computed the old log-probs itself (in half precision, where they are
-not those of the engine that sampled), each advantage is multiplied by the truncated importance weight
+What differs from PPO's usual form: when the learner computed the old log-probs itself (in half precision, where they
+are not those of the engine that sampled), each advantage is multiplied by the truncated importance weight
 min(old / sampled, 2), which is the same as weighting that token's policy loss.
 """
 
@@ -184,9 +184,7 @@ def _weighted(advantages: torch.Tensor, old_logprobs: torch.Tensor, sample: Samp
     return advantages * (old_logprobs - sample.logprobs).exp().clamp(max=MAX_IMPORTANCE_WEIGHT)
 
 
-def _explained_variance(
-    values: Sequence[torch.Tensor], returns: Sequence[torch.Tensor], mask: torch.Tensor
-) -> float:
+def _explained_variance(values: Sequence[torch.Tensor], returns: Sequence[torch.Tensor], mask: torch.Tensor) -> float:
     """Return 1 - Var(return - value) / Var(return) over loss tokens; 0 where returns do not vary."""
     flat = torch.cat(list(returns))
     residual = flat - torch.cat([v[:-1] for v in values])

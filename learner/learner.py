@@ -1,7 +1,7 @@
 """One rank of the learner: the epoch loop of PPO over a step's batch.
 
-What each rank computes is fixed by the plan; every denominator is the minibatch's global one, so parameters do not depend
-on how many ranks or micro-batches there are.
+What each rank computes is fixed by the plan; every denominator is the minibatch's global one, so parameters do not
+depend on how many ranks or micro-batches there are.
 """
 
 from collections.abc import Sequence
@@ -55,15 +55,14 @@ class LearnerRank:
         self._device = torch.device(device)
         dtype = resolve_dtype(policy.dtype, self._device)
         self._records_are_old = dtype == torch.float32
-        model = load_model(
-            model_dir, dtype=dtype, device=self._device, trust_remote_code=policy.trust_remote_code
-        )
+        model = load_model(model_dir, dtype=dtype, device=self._device, trust_remote_code=policy.trust_remote_code)
         scoring = Scoring(
             temperature=temperature,
             chunk_tokens=learner.chunk_tokens,
             entropy_gradient=algorithm.entropy_coef > 0,
         )
         self._networks = Networks(model, learner, scoring=scoring, dtype=dtype, rank=rank)
+        self._version: int | None = None  # published last; None = the weights that were loaded
         self._publisher = Publisher(self._networks.module.policy, self._networks.policy, transport)
 
     def step(self, tables: Sequence[pa.Table], plan: StepPlan) -> dict[str, float]:
@@ -88,6 +87,7 @@ class LearnerRank:
 
     def publish(self, version: int, incarnation: int) -> Publication | None:
         """Make the policy's weights available as `version`; rank 0 returns the announcement, other ranks None."""
+        self._version = version
         return self._publisher.publish(version, incarnation)
 
     def save_state(self, directory: str) -> list[str]:
@@ -136,7 +136,7 @@ class LearnerRank:
         for microbatch in update.ranks[self._rank]:
             loss, gap = self._microbatch(microbatch, update, batch)
             sums += loss.shares.cpu()
-            maxima = torch.maximum(maxima, torch.stack([loss.ratio_max.detach(), gap]).double().cpu())
+            maxima = torch.maximum(maxima, torch.stack([loss.ratio_max.detach().cpu(), gap]).double())
         gradient_norm = self._networks.step(update.learning_rate)
         engine = self._networks.policy
         maxima = engine.all_reduce(maxima, "max")
@@ -147,9 +147,7 @@ class LearnerRank:
             gradient_norm=gradient_norm,
         )
 
-    def _microbatch(
-        self, microbatch: Microbatch, update: Update, batch: "_Batch"
-    ) -> tuple[PPOLoss, torch.Tensor]:
+    def _microbatch(self, microbatch: Microbatch, update: Update, batch: "_Batch") -> tuple[PPOLoss, torch.Tensor]:
         """Run one forward and backward; return its loss and how far its log-probs are from the recorded ones."""
         row = self._row(microbatch, batch.samples, batch.plan)
         forward = self._networks.forward(row)
@@ -168,8 +166,18 @@ class LearnerRank:
         loss = self._networks.backward(
             predictions, targets, weights, algorithm=self._algorithm, total_tokens=update.num_tokens
         )
-        differences = (forward.logprobs.detach() - batch.recorded(indices, forward.logprobs)).abs()
-        return loss, torch.where(targets.loss_mask, differences, 0.0).max()
+        return loss, self._gap(forward.logprobs.detach().cpu(), [batch.samples[index] for index in indices])
+
+    def _gap(self, logprobs: torch.Tensor, samples: Sequence[Sample]) -> torch.Tensor:
+        """Return the largest difference to recorded log-probs, over loss tokens sampled from the published version."""
+        if not samples:
+            return torch.zeros(())
+        versions = torch.cat([sample.policy_versions for sample in samples])
+        comparable = torch.cat([sample.loss_mask for sample in samples])
+        if self._version is not None:
+            comparable &= versions == self._version
+        differences = (logprobs - torch.cat([sample.logprobs for sample in samples])).abs()
+        return torch.where(comparable, differences, 0.0).max()
 
     def _row(self, microbatch: Microbatch, samples: Sequence[Sample], plan: StepPlan) -> GroupRow:
         groups = prompt_groups(microbatch, samples, plan) or _EMPTY
@@ -194,12 +202,6 @@ class _Batch:
             returns=torch.cat([target.returns for target in chosen]).to(device),
             loss_mask=torch.cat([self.samples[index].loss_mask for index in indices]).to(device),
         )
-
-    def recorded(self, indices: Sequence[int], like: torch.Tensor) -> torch.Tensor:
-        """Return the log-probs recorded for some samples; without samples `like`, which differs from itself by 0."""
-        if not indices:
-            return like.detach()
-        return torch.cat([self.samples[index].logprobs for index in indices]).to(like.device)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,6 +5,7 @@ The value head starts at zero, so every value is 0 before the first update.  Not
 
 import copy
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import nn
@@ -79,7 +80,7 @@ class Critic(nn.Module):
 
     def __init__(self, policy: PreTrainedModel) -> None:
         super().__init__()
-        self.trunk: PreTrainedModel = copy.deepcopy(policy.base_model)
+        self.trunk = cast("PreTrainedModel", copy.deepcopy(policy.base_model))
         self.value_head = _value_head(policy)
 
     def forward(self, row: GroupRow) -> torch.Tensor:
@@ -101,12 +102,19 @@ def add_lora(model: PreTrainedModel, config: LoraConfig) -> None:
     """
     from peft import LoraConfig as PeftLoraConfig
     from peft import inject_adapter_in_model
+    from transformers.pytorch_utils import Conv1D
 
     head = model.get_output_embeddings()
     names = config.target_modules
     targets = linear_names(model, head) if names == ("all-linear",) else list(names)
     model.requires_grad_(False)
-    settings = PeftLoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=targets, lora_dropout=0.0)
+    settings = PeftLoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]  # declared int, used as a factor
+        target_modules=targets,
+        lora_dropout=0.0,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # GPT-2 stores weights transposed
+    )
     inject_adapter_in_model(settings, model, adapter_name=ADAPTER)
 
 

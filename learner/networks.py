@@ -3,17 +3,16 @@
 The epoch loop asks for predictions, hands losses back and steps; it does not know how many engines there are.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
+from transformers import PreTrainedModel
 
 from actors.rows import GroupRow
 from learner.config import AlgorithmConfig, LearnerConfig
 from learner.losses import PPOLoss, Predictions, Targets, ppo_loss, value_loss
 from learner.model import Critic, PolicyAndValue, Scoring, add_lora
 from learner.optimizer import NonFiniteError, OptimizerEngine, make_engine
-from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,13 +66,20 @@ class Networks:
         """Run a row; without `has_tokens` only values are computed."""
         scoring = replace(self._scoring, has_tokens=has_tokens)
         if self.critic is None:
-            return Forward(**dict(zip(("logprobs", "entropy", "values"), self.policy.forward(row, scoring), strict=True)))
+            logprobs, entropy, values = self.policy.forward(row, scoring)
+            return Forward(logprobs=logprobs, entropy=entropy, values=values)
         empty = torch.empty(0, device=self.device)
         logprobs, entropy = self.policy.forward(row, scoring)[:2] if has_tokens else (empty, empty)
         return Forward(logprobs=logprobs, entropy=entropy, values=self.critic.forward(row))
 
     def backward(
-        self, predictions: Predictions, targets: Targets, weights: torch.Tensor, *, algorithm: AlgorithmConfig, total_tokens: int
+        self,
+        predictions: Predictions,
+        targets: Targets,
+        weights: torch.Tensor,
+        *,
+        algorithm: AlgorithmConfig,
+        total_tokens: int,
     ) -> PPOLoss:
         """Accumulate the gradients of one micro-batch's share of the loss; see `ppo_loss`."""
         if self.critic is None:

@@ -7,6 +7,10 @@ from pydantic import Field, model_validator
 from actors.config import Config, Strings
 
 
+RESERVED_NAMES = frozenset({"score", "return", "advantage", "response_length"})
+"""Metrics called `<name>_mean` or `<name>_std` that are not a component's."""
+
+
 class ComponentConfig(Config):
     """One judge: a reward model or a rule function, with its weight in the composed score."""
 
@@ -47,3 +51,10 @@ class RewardConfig(Config):
     """Judging replicas, each one process with all judges and the reference policy."""
     clip: float | None = Field(default=None, gt=0)
     """Clip the composed score to [-clip, clip]."""
+
+    @model_validator(mode="after")
+    def _names_are_free(self) -> "RewardConfig":
+        taken = sorted(RESERVED_NAMES & set(self.components))
+        if taken:
+            raise ValueError(f"components must not be named {taken}; metrics of these names exist already")
+        return self

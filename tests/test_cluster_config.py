@@ -105,3 +105,9 @@ def test_command_line_reports_within_two_seconds_and_without_torch(tmp_path):
     assert "run.num_stepz is not a setting; did you mean 'num_steps'?" in result.stderr
     assert "policy must be set" in result.stderr
     assert result.stdout.strip() == "[]"
+
+
+def test_a_component_may_not_take_a_metrics_name():
+    raw = _with("reward.components", {"score": {"function": "rules:f"}})
+    with pytest.raises(ConfigError, match=r"reward: components must not be named \['score'\]"):
+        validate(RunConfig, raw, where="config.yaml")

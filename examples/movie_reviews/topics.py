@@ -1,43 +1,143 @@
-"""Prompts of the demo: many film topics, good films and bad alike; topics held out for evaluation never train."""
+"""Topics of films, and prompts that ask for a review of a good or a bad film about each.
+
+The held-out topics share no content word with the training topics, so naming the topic cannot be learnt by heart.
+"""
 
 import json
 import os
-from typing import Literal
+import re
+from collections.abc import Iterator
+from typing import Any
 
-TRAIN_TOPICS = (
-    "a bank robbery", "a haunted house", "a lost dog", "a jazz singer", "a chess prodigy", "a submarine crew",
-    "a small-town wedding", "a retired boxer", "a desert war", "a time machine", "a runaway train", "a school teacher",
-    "a pirate ship", "a vampire family", "a mountain rescue", "a courtroom battle", "a circus clown", "a talking cat",
-    "a zombie outbreak", "a space station", "a royal scandal", "a football coach", "a snowbound hotel", "a jewel thief",
-    "a lighthouse keeper", "a robot uprising", "a country doctor", "a street dancer", "a missing child", "a spy in exile",
-    "a volcano eruption", "a rock band", "a samurai warrior", "a shark attack", "a family farm", "a poker game",
-    "a blind painter", "a stolen statue", "a ghost pilot", "a plane crash", "a summer camp", "a police detective",
-    "a love triangle", "a medieval knight", "a witch hunt", "a cooking contest", "a gold rush", "an alien invasion",
-    "a prison escape", "a ballet company", "a news reporter", "a serial killer", "a road trip", "a college reunion",
-    "a tropical island", "a hospital strike", "a car race", "a wild horse", "a secret garden", "a nuclear accident",
-)  # fmt: skip
+TRAIN = (
+    "a chess prodigy",
+    "a lighthouse keeper",
+    "two rival bakers",
+    "a train robbery",
+    "a retired boxer",
+    "a haunted hotel",
+    "a village wedding",
+    "a deaf pianist",
+    "a mission to Mars",
+    "a jewel thief",
+    "a stand-up comedian",
+    "a mountain rescue",
+    "a circus family",
+    "a hospital strike",
+    "a runaway princess",
+    "a submarine crew",
+    "a vampire dentist",
+    "an opera singer",
+    "a football coach",
+    "a bank heist",
+    "a blind painter",
+    "a desert caravan",
+    "a court trial",
+    "a flooded city",
+    "a talking dog",
+    "a time machine",
+    "a school orchestra",
+    "a political scandal",
+    "a forgotten poet",
+    "an island prison",
+    "a robot nanny",
+    "a cooking contest",
+    "a pirate ship",
+    "a lost letter",
+    "a motorcycle gang",
+    "a ballet academy",
+    "a small-town sheriff",
+    "a plague doctor",
+    "a goldfish salesman",
+    "a spy in Berlin",
+    "a surfing champion",
+    "a stolen violin",
+    "a shy teenager",
+    "a mining disaster",
+    "a zombie outbreak",
+    "a dying king",
+    "a taxi driver",
+    "a snowbound cabin",
+    "a newspaper editor",
+    "a magician and his twin",
+    "a wildlife photographer",
+    "a samurai without a master",
+    "a hidden treasure",
+    "a grieving widow",
+    "a fashion designer",
+    "a cursed painting",
+    "a chemistry teacher",
+    "a women's cycling team",
+    "a wine merchant",
+    "a refugee camp",
+    "a puppet maker",
+    "a Viking raid",
+    "a salsa dancer",
+    "a missing astronaut",
+)
 
-HELD_OUT_TOPICS = (
-    "a violin teacher", "a polar expedition", "a taxi driver", "a haunted forest", "a gambling priest", "a war nurse",
-    "a cattle drive", "a toy maker", "a diamond heist", "a sinking ship", "a werewolf hunter", "a baseball team",
-    "a hacker group", "a widowed king", "a fashion designer", "a mining town", "a kidnapped senator", "a comic actor",
-    "a dragon slayer", "a lonely astronaut", "a river journey", "a beach romance", "a crime boss", "a dying poet",
-    "a night train", "a motorcycle gang", "a corrupt mayor", "a wedding planner", "a flood rescue", "a deaf musician",
-    "a bird watcher", "a prairie storm",
-)  # fmt: skip
+HELD_OUT = (
+    "a clockmaker",
+    "a shark attack",
+    "a jazz trumpeter",
+    "a beekeeper",
+    "a divorce lawyer",
+    "a dragon egg",
+    "an elevator accident",
+    "a farmer and a drought",
+    "a ghost librarian",
+    "a hot-air balloon",
+    "a kidnapped ambassador",
+    "a marathon runner",
+    "a neighbourhood feud",
+    "an orphaned elephant",
+    "a penguin colony",
+    "a radio host",
+    "a sleepwalking detective",
+    "a tennis umpire",
+    "an undercover nun",
+    "a volcano eruption",
+    "a werewolf barber",
+    "a young inventor",
+    "an aging rock band",
+    "a bridge builder",
+    "a childhood friendship",
+    "a diamond mine",
+    "an escaped tiger",
+    "a flight attendant",
+    "a gardener and her roses",
+    "a hurricane",
+    "an ice hockey rink",
+    "a judo tournament",
+    "a kite festival",
+    "a medieval monk",
+)
+
+QUALITIES = ("good", "bad")
 
 
-def write_prompts(directory: str, *, split: Literal["train", "held_out"]) -> None:
-    """Write chat prompts as JSONL: two for each topic, about a good and about a bad film; the topic travels along."""
-    topics = {"train": TRAIN_TOPICS, "held_out": HELD_OUT_TOPICS}[split]
-    with open(os.path.join(directory, f"{split}.jsonl"), "w", encoding="utf-8") as file:
-        for topic in topics:
-            for quality in ("good", "bad"):
-                text = f"Write a one-sentence review of a {quality} film about {topic}."
-                row = {
-                    "id": f"{quality}/{topic.partition(' ')[2].replace(' ', '-')}",
-                    "prompt": [{"role": "user", "content": text}],
-                    "topic": topic,
-                    "quality": quality,
-                }
-                file.write(json.dumps(row) + "\n")
+def prompts(directory: str, *, part: str) -> None:
+    """Write the prompts of one part, one for each topic and quality, as chat messages; for `prompts.make`.
+
+    Raises:
+        ValueError: if there is no such part.
+    """
+    parts = {"train": TRAIN, "held_out": HELD_OUT}
+    if part not in parts:
+        raise ValueError(f"part must be one of {', '.join(parts)}, got {part!r}")
+    with open(os.path.join(directory, "prompts.jsonl"), "w", encoding="utf-8") as file:
+        for row in _rows(parts[part]):
+            file.write(json.dumps(row) + "\n")
+
+
+def _rows(topics: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    for topic in topics:
+        for quality in QUALITIES:
+            request = f"Write a one-sentence review of a {quality} film about {topic}."
+            slug = "-".join(re.findall(r"\w+", topic.lower()))
+            yield {
+                "id": f"{quality}-{slug}",
+                "prompt": [{"role": "user", "content": request}],
+                "topic": topic,
+                "quality": quality,
+            }

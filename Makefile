@@ -1,0 +1,37 @@
+# make demo and make test do everything on a fresh machine, the environment in .venv included.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format types
+
+help:  ## Show these targets
+	@grep -E '^[a-z.]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 10
+
+demo: $(STAMP)  ## Train SmolLM2 from human ratings, end to end; about 15 minutes on two cores
+	@$(BIN)/python -m examples.movie_reviews.demo
+
+test: $(STAMP)  ## Run the tests that need neither a GPU nor patience
+	@$(BIN)/python -m pytest -q $(TESTS)
+
+lint: $(STAMP)  ## Check style and formatting
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+format: $(STAMP)  ## Format the code
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+types: $(STAMP)  ## Check types
+	@$(BIN)/mypy
+
+# Installed once, and again when what is wanted changes.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Concord needs Python 3.11 or newer, this is %s; set PYTHON=..." % sys.version.split()[0]'
+	@test -x $(BIN)/python || { echo "Making $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "Installing the tested set of versions into $(VENV) (some minutes, about 2 GB)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,demo]'
+	@touch $@

@@ -1,0 +1,156 @@
+"""A rollout worker: one policy replica that answers leases, as a plain class that `cluster/` puts into a process.
+
+Callers live on an asyncio loop, many at once; the engine lives on a thread of its own (`actors.engine_thread`).
+"""
+
+import asyncio
+import time
+from dataclasses import asdict, dataclass, replace
+
+import pyarrow as pa
+import torch
+
+from actors.config import PolicyConfig, RolloutsConfig
+from actors.engine import Completion, Request, SamplingParams
+from actors.engine_thread import Close, EngineThread, Generate, RolloutError, Stats, Update
+from actors.policy import eos_ids, load_model, load_tokenizer, resolve_dtype
+from actors.sampling import group_seed
+from actors.schema import PROMPTS, ROLLOUTS, check
+from actors.torch_engine import TorchEngine
+from actors.weights import Publication, WeightTransport
+
+__all__ = ["Lease", "RolloutError", "RolloutWorker"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lease:
+    """The right, and the order, to generate one group."""
+
+    lease_id: int  # grows when the group is issued again
+    epoch: int
+    group_id: str
+    incarnation: int
+    num_samples: int
+    sampling: SamplingParams
+    seed: int  # the run's or the evaluation's; with the group it fixes every draw
+
+
+class RolloutWorker:
+    """Answers leases with rollouts, and takes new weights between them.
+
+    Args:
+        model_dir: local directory with config, tokenizer and weights.
+        policy: dtype and trust.
+        rollouts: engine and its rows.
+        transport: how published weights are fetched.
+        run_id: written into every row.
+        seed: of torch's global generator; draws do not use it, a lease brings their seed.
+        device: where the engine runs, e.g. "cpu" or "cuda:0".
+        num_threads: of torch; 0 = leave as it is.
+    """
+
+    def __init__(
+        self,
+        *,
+        model_dir: str,
+        policy: PolicyConfig,
+        rollouts: RolloutsConfig,
+        transport: WeightTransport,
+        run_id: str,
+        seed: int,
+        device: str,
+        num_threads: int,
+    ) -> None:
+        if num_threads > 0:
+            torch.set_num_threads(num_threads)
+        torch.manual_seed(seed)
+        target = torch.device(device)
+        model = load_model(
+            model_dir,
+            dtype=resolve_dtype(policy.dtype, target),
+            device=target,
+            trust_remote_code=policy.trust_remote_code,
+        )
+        tokenizer = load_tokenizer(model_dir, trust_remote_code=policy.trust_remote_code)
+        engine = TorchEngine(model, tokenizer, max_rows=rollouts.max_rows, eos_ids=eos_ids(model, tokenizer))
+        self._run_id = run_id
+        self._transport = transport
+        self._thread = EngineThread(engine)
+
+    async def generate(self, prompt: pa.Table, lease: Lease) -> tuple[pa.Table, dict[str, float]]:
+        """Generate one group.
+
+        Args:
+            prompt: PROMPTS, one row.
+            lease: what to generate for it.
+
+        Returns:
+            ROLLOUTS, one row per sample, and small numbers: `num_tokens`, `generate_s` (waiting for rows included).
+
+        Raises:
+            ValueError: if the prompt can never be served.
+            RolloutError: if generation failed.
+        """
+        start = time.perf_counter()
+        check(prompt, PROMPTS, "rollout worker")
+        if prompt.num_rows != 1:
+            raise ValueError(f"a lease must come with one prompt, got {prompt.num_rows} rows ({lease.group_id})")
+        request = Request(
+            request_id=f"{lease.group_id}#{lease.lease_id}",
+            prompt_ids=prompt["prompt_ids"][0].as_py(),
+            num_samples=lease.num_samples,
+            seed=group_seed(lease.seed, lease.group_id),
+            sampling=lease.sampling,
+        )
+        completions: list[Completion] = await self._thread.ask(Generate(request=request))
+        table = self._rollouts(prompt, lease, completions)
+        num_tokens = sum(len(completion.response_ids) for completion in completions)
+        return table, {"num_tokens": num_tokens, "generate_s": time.perf_counter() - start}
+
+    async def update_weights(self, publication: Publication) -> float:
+        """Take a published version once the groups in flight are done; return the seconds it took.
+
+        Raises:
+            WeightError: if what came is not what was announced or expected.
+        """
+        start = time.perf_counter()
+        # Buffers are fetched while the engine still decodes.
+        fetched = await asyncio.get_running_loop().run_in_executor(None, self._fetch, publication)
+        await self._thread.ask(Update(publication=fetched))
+        return time.perf_counter() - start
+
+    async def ping(self) -> int:
+        """Return the policy version."""
+        return self._thread.version
+
+    async def stats(self) -> dict[str, float]:
+        """Return the engine's counters."""
+        counters = asdict(await self._thread.ask(Stats()))
+        extra: dict[str, float] = counters.pop("extra")
+        return {**counters, **extra}
+
+    async def close(self) -> None:
+        """End the engine thread; calls still waiting fail."""
+        await self._thread.ask(Close())
+
+    def _fetch(self, publication: Publication) -> Publication:
+        buckets = [replace(bucket, handle=self._transport.get(bucket.handle)) for bucket in publication.buckets]
+        return replace(publication, buckets=tuple(buckets))
+
+    def _rollouts(self, prompt: pa.Table, lease: Lease, completions: list[Completion]) -> pa.Table:
+        count = len(completions)
+        columns = {name: prompt[name].to_pylist() * count for name in PROMPTS.names}
+        columns |= {
+            "run_id": [self._run_id] * count,
+            "incarnation": [lease.incarnation] * count,
+            "group_id": [lease.group_id] * count,
+            "sample_index": [completion.sample_index for completion in completions],
+            "lease_id": [lease.lease_id] * count,
+            "response_ids": [completion.response_ids for completion in completions],
+            "response_text": [completion.response_text for completion in completions],
+            "logprobs": [completion.logprobs for completion in completions],
+            "policy_versions": [completion.policy_versions for completion in completions],
+            "loss_mask": [[True] * len(completion.response_ids) for completion in completions],
+            "finish_reason": [completion.finish_reason for completion in completions],
+        }
+        return check(pa.table(columns, schema=ROLLOUTS), ROLLOUTS, "rollout worker")

@@ -1,0 +1,229 @@
+"""Attention over slots: the key-value memory of the torch engine, and the hook that makes any decoder read it.
+
+A slot is one row of static memory, `[slots, kv heads, max_len, head_dim]` per layer.  The hook is registered with
+transformers' attention interface once; what one call needs travels with the call (`model(..., slot_ctx=ctx)`), so any
+number of engines live in one process and no model code is copied.
+
+Left to the engine: which sample has which slot, and when a slot is free.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+IMPLEMENTATION = "concord_slots"
+WINDOW_MULTIPLE = 16
+"""Key-value windows and padded prompts are rounded up to this, so that their bits do not depend on company."""
+
+_HARMLESS_KEYWORDS = frozenset({"position_ids", "use_cache", "output_router_logits", "is_causal"})
+"""Keywords that models hand to attention and that do not change its result here."""
+
+
+def round_up(length: int) -> int:
+    """Return `length` rounded up to a window size, e.g. 17 -> 32."""
+    return -(-length // WINDOW_MULTIPLE) * WINDOW_MULTIPLE
+
+
+class SlotContext(Protocol):
+    """What one forward pass does with keys and values."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: "AttentionRule") -> Tensor:
+        """Store key and value of `layer`, and return the attention output [B, heads, T, head_dim]."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionRule:
+    """How a layer attends."""
+
+    scaling: float | None  # None = 1 / sqrt(head_dim)
+    sliding_window: int | None  # a query sees this many keys, itself included
+    softcap: float | None  # scores become softcap * tanh(scores / softcap)
+
+
+class SlotCache:
+    """Static keys and values of `num_slots` samples, shaped like the model's first ones; grows for longer samples."""
+
+    def __init__(self, num_slots: int) -> None:
+        self.num_slots = num_slots
+        self.max_len = 0
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory held."""
+        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
+
+    def reserve(self, length: int) -> None:
+        """Make room for samples of `length` tokens, keeping what is stored."""
+        if length <= self.max_len:
+            return
+        self.max_len = round_up(length)
+        self.keys = [_lengthened(tensor, self.max_len) for tensor in self.keys]
+        self.values = [_lengthened(tensor, self.max_len) for tensor in self.values]
+
+    def release(self) -> None:
+        """Give all memory back; the next `write` takes it again."""
+        self.keys, self.values = [], []
+
+    def write(self, first: int, count: int, prefix: "Prefix") -> None:
+        """Copy a prefix into the slots `first .. first + count`."""
+        if not self.keys:
+            self.keys = [self._allocate(key) for key in prefix.keys]
+            self.values = [self._allocate(value) for value in prefix.values]
+        length = prefix.length
+        for stored, new in ((self.keys, prefix.keys), (self.values, prefix.values)):
+            for target, source in zip(stored, new, strict=True):
+                target[first : first + count, :, :length] = source[:, :, :length]
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` positions of slot `source` over those of slot `target`."""
+        for tensor in (*self.keys, *self.values):
+            tensor[target, :, :length] = tensor[source, :, :length]
+
+    def _allocate(self, like: Tensor) -> Tensor:
+        # Zeros, not empty: a masked position still meets a weight of zero, and zero times NaN is NaN.
+        _, heads, _, head_dim = like.shape
+        return like.new_zeros(self.num_slots, heads, self.max_len, head_dim)
+
+
+@dataclass(slots=True, kw_only=True)
+class Prefix:
+    """Context of a forward over one sequence alone, right-padded; collects its keys and values, [1, kv heads, T, d]."""
+
+    length: int  # of the sequence, without padding
+    keys: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: AttentionRule) -> Tensor:
+        """Attend causally; padding stands behind every real position, so no real query sees it."""
+        if layer != len(self.keys):
+            raise ValueError(f"attention layers must run in order 0, 1, ..., got {layer} after {len(self.keys)}")
+        self.keys.append(key)
+        self.values.append(value)
+        allowed = None
+        if rule.softcap is not None or rule.sliding_window is not None:
+            position = torch.arange(key.shape[2], device=key.device)
+            allowed = _window(position[:, None] - position[None, :], rule.sliding_window)
+        if rule.softcap is not None:
+            return _softcapped(query, key, value, allowed, rule)
+        return F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=allowed,
+            is_causal=allowed is None,
+            scale=rule.scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+
+
+class Decode:
+    """Context of a forward over one new token per row: row b's token stands at `positions[b]` of slot b."""
+
+    def __init__(self, cache: SlotCache, positions: Tensor, window: int) -> None:
+        self._cache = cache
+        self._positions = positions
+        self._window = window
+        self._rows = torch.arange(len(positions), device=positions.device)
+        self._allowed: dict[int | None, Tensor] = {}
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: AttentionRule) -> Tensor:
+        """Store the new token's key and value, attend over the slots' windows."""
+        keys, values = self._cache.keys[layer], self._cache.values[layer]
+        keys[self._rows, :, self._positions] = key[:, :, 0]
+        values[self._rows, :, self._positions] = value[:, :, 0]
+        rows, heads, _, head_dim = query.shape
+        keys, values = keys[:rows, :, : self._window], values[:rows, :, : self._window]
+        # The query heads that share a key head become its query positions: grouped attention without repeating keys.
+        grouped = query.reshape(rows, keys.shape[1], heads // keys.shape[1], head_dim)
+        allowed = self._mask(rule.sliding_window)
+        if rule.softcap is not None:
+            output = _softcapped(grouped, keys, values, allowed, rule)
+        else:
+            output = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=allowed, scale=rule.scaling)
+        return output.reshape(rows, heads, 1, output.shape[-1])
+
+    def _mask(self, sliding_window: int | None) -> Tensor:
+        """Return which of its window each row sees, [B, 1, 1, window] bool; made once per step, not per layer."""
+        if sliding_window not in self._allowed:
+            distance = self._positions[:, None] - torch.arange(self._window, device=self._positions.device)
+            self._allowed[sliding_window] = _window(distance, sliding_window)[:, None, None]
+        return self._allowed[sliding_window]
+
+
+def install(model: PreTrainedModel) -> None:
+    """Make `model` attend over slots; from now on it needs `slot_ctx` in every call.
+
+    Raises:
+        ValueError: if the architecture does not go through the attention interface.
+    """
+    model.set_attn_implementation(IMPLEMENTATION)
+    if model.config.get_text_config()._attn_implementation != IMPLEMENTATION:
+        raise ValueError(
+            f"the architecture must use transformers' attention interface, got {type(model).__name__}; "
+            "use a decoder that supports set_attn_implementation, or another engine"
+        )
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **keywords: Any,
+) -> tuple[Tensor, None]:
+    """Attention interface's function; [B, heads, T, d] in, [B, T, heads, d] out."""
+    context: SlotContext = keywords.pop("slot_ctx")
+    rule = AttentionRule(
+        scaling=keywords.pop("scaling", None),
+        sliding_window=keywords.pop("sliding_window", None),
+        softcap=keywords.pop("softcap", None),
+    )
+    if keywords.pop("dropout", 0.0):
+        raise ValueError("attention dropout must be 0 while sampling; call model.eval() before the engine takes it")
+    for keyword, setting in keywords.items():
+        if setting is not None and keyword not in _HARMLESS_KEYWORDS:
+            raise ValueError(
+                f"attention keywords must be ones the torch engine implements, got {keyword!r} "
+                f"({type(module).__name__}); this architecture needs another engine"
+            )
+    layer = cast(int, module.layer_idx)
+    return context.attend(layer, query, key, value, rule).transpose(1, 2), None
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    """Slots mask by length; a mask from the model would be built for nothing."""
+
+
+def _window(distance: Tensor, sliding_window: int | None) -> Tensor:
+    """Return whether a query sees a key that lies `distance` positions before it."""
+    allowed = distance >= 0
+    return allowed if sliding_window is None else allowed & (distance < sliding_window)
+
+
+def _softcapped(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None, rule: AttentionRule) -> Tensor:
+    """Attention with tanh-capped scores, which torch's fused kernel does not know."""
+    assert rule.softcap is not None, "softcap attention is called with a cap"
+    assert allowed is not None, "softcap attention is called with a mask"
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scaling = query.shape[-1] ** -0.5 if rule.scaling is None else rule.scaling
+    scores = torch.tanh((query @ key.transpose(2, 3)) * scaling / rule.softcap) * rule.softcap
+    scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
+    return torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype) @ value
+
+
+def _lengthened(tensor: Tensor, length: int) -> Tensor:
+    longer = tensor.new_zeros(*tensor.shape[:2], length, tensor.shape[3])
+    longer[:, :, : tensor.shape[2]] = tensor
+    return longer
+
+
+AttentionInterface.register(IMPLEMENTATION, _attention)
+AttentionMaskInterface.register(IMPLEMENTATION, _no_mask)

@@ -1,0 +1,358 @@
+"""The embedded engine: continuous batching over key-value slots, for any Hugging Face decoder, on CPU and GPU.
+
+A worked example with four slots and requests p (3 samples) and q (2 samples): p is prefilled once, alone, and its keys
+and values are copied into slots 0-2; q is prefilled and its first sample takes slot 3.  Each step decodes one token for
+the slots 0-3.  When p's sample in slot 1 ends, the sample of slot 3 moves into the hole, so live rows stay dense, and
+slot 3 goes to q's second sample before the next token is decoded.
+
+On a CPU in float32 a sample's tokens and log-probs have the same bits alone and in any company.  This rests on: prompts
+prefilled alone, products of at least four rows, key-value windows rounded up, random numbers without state
+(`actors.sampling`), and `MKL_CBWR=AVX2,STRICT` in the environment before torch is loaded.
+"""
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from actors.engine import (
+    Capability,
+    Completion,
+    EngineError,
+    EngineStats,
+    FinishReason,
+    Request,
+    UpdateMode,
+    check_request,
+)
+from actors.sampling import sample, uniforms
+from actors.slots import Decode, Prefix, SlotCache, SlotContext, install, round_up
+from actors.weights import InPlaceWeights
+
+MIN_ROWS = 4
+"""Products of fewer rows take other code paths in the maths library, with other bits."""
+
+_STOP_MARGIN = 8
+"""Tokens decoded before the longest possible stop string: a decoder may treat the first token of a text differently."""
+
+LogitsHook = Callable[[Tensor, Sequence[str]], Tensor]
+"""`hook(logits [B, V], request_ids) -> logits`, before every draw; recorded log-probs are those of its result."""
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Group:
+    """A request being served; `prefilled` holds its prompt's keys, values and last logits until all samples started."""
+
+    request: Request
+    num_started: int = 0
+    num_finished: int = 0
+    prefilled: tuple[Prefix, Tensor] | None = None
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Row:
+    """A live sample; its index in the engine's list of rows is its slot."""
+
+    group: _Group
+    sample_index: int
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
+
+    @property
+    def num_stored(self) -> int:
+        """Positions whose keys and values are in the slot; also the position of the last drawn token, not yet fed."""
+        return len(self.group.request.prompt_ids) + len(self.tokens) - 1
+
+
+class TorchEngine:
+    """Implements `actors.engine.Engine`.  The model given to it belongs to it: its attention is replaced.
+
+    Args:
+        model: decoder in eval mode, on the device it runs on.
+        tokenizer: decodes responses.
+        max_rows: samples decoded together, at least 4.
+        eos_ids: tokens that end a response.
+        max_len: longest prompt with response, tokens; None = what the model's positions allow.  Memory grows with need.
+        logits_hook: see `LogitsHook`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_rows: int,
+        eos_ids: frozenset[int],
+        max_len: int | None = None,
+        logits_hook: LogitsHook | None = None,
+    ) -> None:
+        if max_rows < MIN_ROWS:
+            raise ValueError(f"max_rows must be at least {MIN_ROWS}, got {max_rows}; fewer rows have other bits")
+        install(model)
+        self._model = model.eval()
+        self._tokenizer = tokenizer
+        self._eos_ids = eos_ids
+        self._hook = logits_hook
+        self._device = next(model.parameters()).device
+        self._max_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31 - 1
+        self._max_len = min(self._max_positions, max_len or self._max_positions)
+        self._cache = SlotCache(max_rows)
+        self._weights = InPlaceWeights(model)
+        self._version = -1
+        self._next: tuple[int, UpdateMode] | None = None
+        self._asleep = False
+        self._queue: deque[_Group] = deque()  # groups with samples not started, in order of arrival
+        self._rows: list[_Row] = []
+        self._ids: set[str] = set()
+        self._stats = EngineStats()
+
+    @property
+    def capabilities(self) -> frozenset[Capability]:
+        """What this engine promises."""
+        exact = self._device.type == "cpu" and next(self._model.parameters()).dtype == torch.float32
+        promised: set[Capability] = {"seeded_per_sample", "logits_hook", "in_flight_update"}
+        return frozenset(promised | {"batch_invariant"}) if exact else frozenset(promised)
+
+    @property
+    def version(self) -> int:
+        """The policy version that the next token is sampled with; -1 before the first update."""
+        return self._version
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` would do something."""
+        return bool(self._rows or self._queue)
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Queue requests; all of them or, when one is refused, none."""
+        known = set(self._ids)
+        for request in requests:
+            check_request(request, in_flight=known, max_len=self._max_len)
+            known.add(request.request_id)
+        self._ids = known
+        self._queue.extend(_Group(request=request) for request in requests)
+
+    @torch.inference_mode()
+    def step(self) -> list[Completion]:
+        """Give free slots to waiting samples, decode one token for every live row, return the samples that finished."""
+        if self._next is not None or self._asleep:
+            raise EngineError("the engine must be awake and between updates to step; call end_update() or wake() first")
+        finished = []
+        while self._queue and len(self._rows) < self._cache.num_slots:
+            finished += self._start(self._queue[0])
+        if self._rows:
+            finished += self._decode()
+        return finished
+
+    @torch.inference_mode()
+    def abort(self, request_ids: Iterable[str]) -> None:
+        """Forget requests and free their rows; unknown ids are ignored."""
+        unwanted = set(request_ids)
+        self._ids -= unwanted
+        self._queue = deque(group for group in self._queue if group.request.request_id not in unwanted)
+        for slot in reversed(range(len(self._rows))):
+            if self._rows[slot].group.request.request_id in unwanted:
+                self._free(slot)
+
+    def begin_update(self, version: int, mode: UpdateMode) -> None:
+        """Start replacing the weights; a second call starts over.
+
+        Raises:
+            EngineError: if `mode` is drain and a request is live.
+        """
+        if mode == "drain" and (self._rows or any(group.num_started for group in self._queue)):
+            raise EngineError(f"no request must be live in a drain update, got {len(self._rows)} rows; step until idle")
+        self._next = (version, mode)
+        self._weights.begin()
+
+    def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Copy named tensors into the weights, in place."""
+        start = time.perf_counter()
+        self._weights.load(tensors)
+        self._stats.load_s += time.perf_counter() - start
+
+    @torch.inference_mode()
+    def end_update(self) -> None:
+        """Check that every weight came, drop cached prefixes, take the new version."""
+        if self._next is None:
+            raise EngineError("an update must have begun before it ends; call begin_update() first")
+        self._weights.end()
+        (self._version, mode), self._next = self._next, None
+        for group in self._queue:
+            group.prefilled = None
+        if mode == "reprefill":
+            for slot, row in enumerate(self._rows):
+                prefix, _ = self._prefill([*row.group.request.prompt_ids, *row.tokens[:-1]])
+                self._cache.write(slot, 1, prefix)
+
+    def weight_shapes(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Return what `load` expects: canonical name -> (shape, dtype name), tied tensors once."""
+        return self._weights.shapes()
+
+    def sleep(self) -> None:
+        """Release KV memory; no request may be live."""
+        if self._rows:
+            raise EngineError(f"no request must be live when the engine sleeps, got {len(self._rows)} rows; abort them")
+        for group in self._queue:
+            group.prefilled = None
+        self._cache.release()
+        self._asleep = True
+
+    def wake(self) -> None:
+        """Allow steps again; memory comes back with the next prefill."""
+        self._asleep = False
+
+    def stats(self) -> EngineStats:
+        """Return a snapshot of the counters."""
+        return replace(
+            self._stats,
+            num_live_rows=len(self._rows),
+            num_waiting_requests=len(self._queue),
+            kv_bytes=self._cache.num_bytes,
+            extra=dict(self._stats.extra),
+        )
+
+    def _start(self, group: _Group) -> list[Completion]:
+        """Start as many of a group's samples as there are free slots; their first tokens come from the prefill."""
+        request = group.request
+        if group.prefilled is None:
+            start = time.perf_counter()
+            group.prefilled = self._prefill(request.prompt_ids)
+            self._stats.prefill_s += time.perf_counter() - start
+        prefix, logits = group.prefilled
+        first = len(self._rows)
+        count = min(request.num_samples - group.num_started, self._cache.num_slots - first)
+        self._cache.reserve(len(request.prompt_ids) + request.sampling.max_new_tokens)
+        self._cache.write(first, count, prefix)
+        indices = range(group.num_started, group.num_started + count)
+        self._rows += [_Row(group=group, sample_index=index) for index in indices]
+        group.num_started += count
+        if group.num_started == request.num_samples:
+            self._queue.remove(group)
+            group.prefilled = None
+        return self._draw(first, logits.expand(count, -1))
+
+    def _prefill(self, tokens: Sequence[int]) -> tuple[Prefix, Tensor]:
+        """Run one sequence alone; return its keys and values, and the logits [1, V] after its last token."""
+        ids = torch.zeros(1, round_up(len(tokens)), dtype=torch.long)
+        ids[0, : len(tokens)] = torch.as_tensor(tokens)
+        # Padding may reach past the last position the model has an embedding for.
+        positions = torch.arange(ids.shape[1]).clamp(max=self._max_positions - 1)
+        prefix = Prefix(length=len(tokens))
+        last = torch.full((MIN_ROWS,), len(tokens) - 1, device=self._device)
+        logits = self._forward(ids, positions[None], keep=last, context=prefix)
+        self._stats.num_prefill_tokens += len(tokens)
+        return prefix, logits[0, :1]
+
+    def _decode(self) -> list[Completion]:
+        """Feed every row's last token and draw its next one."""
+        start = time.perf_counter()
+        live = len(self._rows)
+        feed = np.zeros((2, max(live, MIN_ROWS)), dtype=np.int64)  # token and position of each row
+        feed[0, :live] = [row.tokens[-1] for row in self._rows]
+        feed[1, :live] = [row.num_stored for row in self._rows]
+        window = round_up(int(feed[1].max()) + 1)
+        tokens, positions = torch.from_numpy(feed).to(self._device)
+        context = Decode(self._cache, positions, window)
+        logits = self._forward(tokens[:, None], positions[:, None], keep=1, context=context)
+        self._stats.num_decode_steps += 1
+        self._stats.num_decode_rows += feed.shape[1]
+        self._stats.num_decode_tokens += live
+        self._stats.decode_s += time.perf_counter() - start
+        return self._draw(0, logits[:live, 0])
+
+    def _forward(self, ids: Tensor, positions: Tensor, *, keep: int | Tensor, context: SlotContext) -> Tensor:
+        logits: Tensor = self._model(
+            input_ids=ids.to(self._device),
+            position_ids=positions.to(self._device),
+            use_cache=False,
+            logits_to_keep=keep,
+            slot_ctx=context,
+        ).logits
+        return logits
+
+    def _draw(self, first: int, logits: Tensor) -> list[Completion]:
+        """Append one token to each row from `first` on, and retire the rows that end with it."""
+        start = time.perf_counter()
+        rows = self._rows[first:]
+        requests = [row.group.request for row in rows]
+        if self._hook is not None:
+            logits = self._hook(logits, [request.request_id for request in requests])
+        seeds = np.array([request.seed for request in requests], dtype=np.uint64)
+        indices = np.array([row.sample_index for row in rows])
+        uniform = uniforms(seeds, indices, np.array([len(row.tokens) for row in rows]))
+        tokens, logprobs = sample(logits, [request.sampling for request in requests], uniform)
+        for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
+            self._append(row, token, logprob)
+        finished = []
+        # From the last row down, so that the row which fills a hole has been looked at already.
+        for slot in reversed(range(first, len(self._rows))):
+            reason = self._finish_reason(self._rows[slot])
+            if reason is not None:
+                finished.append(self._complete(slot, reason))
+        self._stats.sample_s += time.perf_counter() - start
+        return finished
+
+    def _append(self, row: _Row, token: int, logprob: float) -> None:
+        if not math.isfinite(logprob):
+            raise EngineError(
+                f"log-probs must be finite, got {logprob} (request {row.group.request.request_id!r}, "
+                f"token {len(row.tokens)}, version {self._version}); the policy has probably diverged"
+            )
+        row.tokens.append(token)
+        row.logprobs.append(logprob)
+        row.versions.append(self._version)
+
+    def _finish_reason(self, row: _Row) -> FinishReason | None:
+        request, length = row.group.request, len(row.tokens)
+        if request.forced_lengths:
+            return "length" if length == request.forced_lengths[row.sample_index] else None
+        if row.tokens[-1] in self._eos_ids:
+            return "eos"
+        if request.sampling.stop and self._stops(row.tokens, request.sampling.stop):
+            return "stop"
+        return "length" if length == request.sampling.max_new_tokens else None
+
+    def _stops(self, tokens: list[int], stop: tuple[str, ...]) -> bool:
+        """Return whether the last token completed a stop string; a token of text has at least one byte of it."""
+        tail = max(len(string.encode()) for string in stop) + _STOP_MARGIN
+        text = self._text(tokens[-tail:])
+        return any(string in text for string in stop)
+
+    def _text(self, tokens: list[int]) -> str:
+        text = self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str), "one sequence decodes to one text"
+        return text
+
+    def _complete(self, slot: int, reason: FinishReason) -> Completion:
+        row = self._rows[slot]
+        self._free(slot)
+        request = row.group.request
+        row.group.num_finished += 1
+        if row.group.num_finished == request.num_samples:
+            self._ids.discard(request.request_id)
+        self._stats.num_completions += 1
+        return Completion(
+            request_id=request.request_id,
+            sample_index=row.sample_index,
+            response_ids=np.array(row.tokens, dtype=np.int32),
+            response_text=self._text(row.tokens),
+            logprobs=np.array(row.logprobs, dtype=np.float32),
+            policy_versions=np.array(row.versions, dtype=np.int32),
+            finish_reason=reason,
+        )
+
+    def _free(self, slot: int) -> None:
+        """Give a slot back and move the last live row into it."""
+        last = len(self._rows) - 1
+        if slot != last:
+            self._cache.move(last, slot, self._rows[last].num_stored)
+            self._rows[slot] = self._rows[last]
+        self._rows.pop()

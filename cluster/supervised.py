@@ -1,0 +1,78 @@
+"""`concord sft` and `concord reward`: supervised training in this process, with a progress bar and a last word.
+
+The environment that fixes bits and threads must be set before torch is loaded, so the trainers are imported late.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from actors.config import PolicyConfig
+from cluster.checks import check_data, check_policy
+from cluster.config import ConfigError
+from cluster.placement import ENVIRONMENT
+from cluster.start import cache_directory
+from learner.config import RewardModelConfig, SFTConfig, TrainingConfig
+
+_CONSOLE = Console(highlight=False)
+
+
+def run_sft(config: SFTConfig) -> None:
+    """Train, and say what was trained on and where the model is."""
+    _refuse([*check_policy(config.policy), *check_data(config.data)])
+    os.environ.update(ENVIRONMENT)
+    from learner.sft import train
+
+    with _bar("supervised training") as progress:
+        result = train(_with_threads(config), cache_dir=cache_directory(), progress=progress)
+    _name(result.quarantined)
+    loss = f"{result.losses[0]:.3f} -> {result.losses[-1]:.3f}"
+    _CONSOLE.print(
+        f"{result.num_examples} examples, loss {loss} nats per token\nModel: {result.directory}", markup=False
+    )
+
+
+def run_reward_model(config: RewardModelConfig) -> None:
+    """Train, and say how well held-out judgements are predicted and where the model is."""
+    _refuse([*check_policy(PolicyConfig(model=config.model), where="model"), *check_data(config.data)])
+    os.environ.update(ENVIRONMENT)
+    from learner.reward_modeling import train
+
+    with _bar("reward model") as progress:
+        result = train(_with_threads(config), cache_dir=cache_directory(), progress=progress)
+    _name(result.quarantined)
+    for name, value in sorted(result.metrics.items()):
+        _CONSOLE.print(f"{name:40} {value}", markup=False)
+    _CONSOLE.print(f"Reward model: {result.directory}", markup=False)
+
+
+ConfigType = TypeVar("ConfigType", SFTConfig, RewardModelConfig)
+
+
+def _with_threads(config: ConfigType) -> ConfigType:
+    threads = config.training.num_threads or os.cpu_count() or 1
+    training: TrainingConfig = config.training.model_copy(update={"num_threads": threads})
+    return config.model_copy(update={"training": training})
+
+
+@contextmanager
+def _bar(name: str) -> Iterator[Callable[[int, int, float], None]]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("loss {task.fields[loss]:.3f}"), console=_CONSOLE) as progress:
+        task = progress.add_task(name, total=None, loss=float("nan"))
+        yield lambda done, total, loss: progress.update(task, completed=done, total=total, loss=loss)
+
+
+def _refuse(problems: Iterable[str]) -> None:
+    lines = list(problems)
+    if lines:
+        raise ConfigError("\n".join(lines))
+
+
+def _name(quarantined: Iterable[object]) -> None:
+    for row in quarantined:
+        _CONSOLE.print(f"quarantined {row}", markup=False)

@@ -1,0 +1,241 @@
+"""Reward-model training: regression on human ratings, or Bradley-Terry on preferences.
+
+    regression      (r - (rating - mean) / std)^2           r: the head's output
+    bradley_terry   -log sigmoid(r_chosen - r_rejected)     (Stiennon et al. 2020, Eq. 1)
+
+The result is normalised to mean 0 and standard deviation 1 on training texts, and measured on texts (or prompts) that
+it never saw.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from actors.cache import replace_directory
+from actors.dataset import Quarantined, open_dataset
+from actors.encoding import Prompt
+from actors.policy import resolve_dtype
+from learner.config import RewardModelConfig
+from learner.judgements import Preference, Rating, Split, parse_preference, parse_rating, split
+from learner.optimizer import OptimizerEngine, ParameterGroup, make_engine
+from learner.rating_metrics import pairwise_accuracy, pearson, preference_accuracy
+from learner.training import (
+    SETTINGS_FILE,
+    Objective,
+    Progress,
+    fit,
+    limited,
+    microbatches,
+    read_examples,
+    silent,
+    training_device,
+    write_settings,
+)
+from reward.model import RewardModel, pad_rows
+
+METRICS_FILE = "metrics.json"
+_NUM_REFERENCE_TEXTS = 512
+_MICROBATCH_TOKENS = 8192
+
+Metrics = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardModelResult:
+    """What reward-model training did."""
+
+    directory: str
+    num_train: int
+    metrics: Metrics
+    """Of `validation` and `test`: each figure with its 95% interval."""
+    quarantined: tuple[Quarantined, ...]
+
+
+def train(config: RewardModelConfig, *, cache_dir: str, progress: Progress = silent) -> RewardModelResult:
+    """Train, measure and write the reward model to `config.output`, which appears at once when all is done.
+
+    Raises:
+        ValueError: for settings or data that cannot be trained on.
+    """
+    if config.training.num_threads:
+        torch.set_num_threads(config.training.num_threads)
+    dataset = open_dataset(config.data.path, config.data.make, cache_dir=cache_dir)
+    is_regression = config.objective == "regression"
+    parse: Any = parse_rating if is_regression else parse_preference
+    judgements, quarantined = read_examples(dataset, parse, strict=config.data.strict)
+    seed = config.training.seed
+    parts = split(judgements, held_out_fraction=config.held_out_fraction, seed=seed)
+    training = limited(parts.train, config.data.limit, seed=seed)
+    parts = Split(train=training, validation=parts.validation, test=parts.test)
+    metrics: Metrics = {}
+
+    def build(directory: str) -> None:
+        model = RewardModel.build(
+            config.model, pooling=config.pooling, seed=seed, trust_remote_code=config.trust_remote_code
+        )
+        trainer = _Trainer(config, model.to(training_device()))
+        metrics.update(trainer.run(parts, directory=directory, progress=progress))
+        _write(config, metrics, directory)
+
+    directory = replace_directory(config.output, build, marker=SETTINGS_FILE)
+    return RewardModelResult(
+        directory=directory, num_train=len(training), metrics=metrics, quarantined=tuple(quarantined)
+    )
+
+
+class Regression:
+    """Objective: squared error on ratings standardised by the training part's moments."""
+
+    microbatch_tokens = _MICROBATCH_TOKENS
+
+    def __init__(self, encoded: Sequence[list[int]], ratings: Sequence[float], device: torch.device) -> None:
+        self._encoded = encoded
+        self._device = device
+        values = torch.tensor(ratings, dtype=torch.float32)
+        self._targets = (values - values.mean()) / values.std(correction=0).clamp_min(1e-12)
+        self.lengths = [len(ids) for ids in encoded]
+        self.units = [1] * len(encoded)
+
+    def loss_sum(self, engine: OptimizerEngine, examples: Sequence[int]) -> torch.Tensor:
+        """Return the summed squared errors of some texts."""
+        scores = engine.forward(*pad_rows([self._encoded[index] for index in examples], device=self._device))
+        return (scores.float() - self._targets[list(examples)].to(self._device)).square().sum()
+
+
+class BradleyTerry:
+    """Objective: minus the log-probability that the chosen response is preferred."""
+
+    microbatch_tokens = _MICROBATCH_TOKENS // 2  # two texts each
+
+    def __init__(self, chosen: Sequence[list[int]], rejected: Sequence[list[int]], device: torch.device) -> None:
+        self._chosen = chosen
+        self._rejected = rejected
+        self._device = device
+        self.lengths = [max(len(a), len(b)) for a, b in zip(chosen, rejected, strict=True)]
+        self.units = [1] * len(chosen)
+
+    def loss_sum(self, engine: OptimizerEngine, examples: Sequence[int]) -> torch.Tensor:
+        """Return the summed losses of some pairs."""
+        rows = [self._chosen[index] for index in examples] + [self._rejected[index] for index in examples]
+        chosen, rejected = engine.forward(*pad_rows(rows, device=self._device)).float().chunk(2)
+        return -F.logsigmoid(chosen - rejected).sum()
+
+
+class _Trainer:
+    """One reward model on its way from new head to measured result."""
+
+    def __init__(self, config: RewardModelConfig, model: RewardModel) -> None:
+        self._config = config
+        self._model = model
+        self._device = model.head.weight.device
+        _freeze(model, config)
+        trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        head = frozenset(name for name in trainable if name.startswith("head."))
+        optimizer, settings = config.training.optimizer, config.training.engine
+        self._engine = make_engine(
+            model,
+            optimizer,
+            backend=settings.backend,
+            zero_stage=settings.zero_stage,
+            groups=[ParameterGroup(names=head, scale=config.head_learning_rate / optimizer.learning_rate)],
+            dtype=resolve_dtype("auto", self._device),
+        )
+
+    def run(self, parts: Split[Any], *, directory: str, progress: Progress) -> Metrics:
+        objective = self._objective(parts.train)
+        fit(self._engine, objective, self._config.training, directory=directory, progress=progress)
+        reference = limited(_texts(parts.train), _NUM_REFERENCE_TEXTS, seed=self._config.training.seed)
+        self._model.normalize(self._scores(reference).tolist())
+        length_sign = self._length_sign(parts.train)
+        metrics = {
+            name: self._measure(part, length_sign=length_sign)
+            for name, part in (("validation", parts.validation), ("test", parts.test))
+        }
+        with self._engine.gathered(list(self._model.parameters())):
+            self._model.save(directory)
+        self._engine.close()
+        return {"num_train": len(parts.train), **metrics}
+
+    def _objective(self, part: Sequence[Any]) -> Objective:
+        if self._config.objective == "regression":
+            return Regression([self._encode(r.text) for r in part], [r.rating for r in part], self._device)
+        chosen = [self._encode(pair.chosen, pair.prompt) for pair in part]
+        return BradleyTerry(chosen, [self._encode(pair.rejected, pair.prompt) for pair in part], self._device)
+
+    def _encode(self, text: str, prompt: Prompt | None = None) -> list[int]:
+        return self._model.encode(text, prompt=prompt, max_tokens=self._config.training.max_tokens)
+
+    def _scores(self, texts: Sequence[tuple[Prompt | None, str]]) -> np.ndarray:
+        """Return [N] scores, reading texts of similar length together."""
+        rows = [self._encode(text, prompt) for prompt, text in texts]
+        lengths = [len(row) for row in rows]
+        order = sorted(range(len(rows)), key=lengths.__getitem__)
+        scores = np.zeros(len(rows))
+        for part in microbatches(order, lengths, max_tokens=_MICROBATCH_TOKENS):
+            with torch.no_grad():
+                found = self._engine.forward(*pad_rows([rows[index] for index in part], device=self._device))
+            scores[part] = found.float().cpu().numpy()
+        return scores
+
+    def _measure(self, part: Sequence[Any], *, length_sign: float) -> Metrics:
+        seed, margin = self._config.training.seed, self._config.pair_margin
+        scores = self._scores(_texts(part))
+        lengths = length_sign * _lengths(part)
+        if self._config.objective == "regression":
+            ratings = np.array([rating.rating for rating in part])
+            estimates = {
+                "pearson": pearson(scores, ratings, seed=seed),
+                "pairwise_accuracy": pairwise_accuracy(scores, ratings, margin=margin, seed=seed),
+                "length_only_accuracy": pairwise_accuracy(lengths, ratings, margin=margin, seed=seed),
+            }
+        else:
+            prompts = np.unique([pair.split_key for pair in part], return_inverse=True)[1]
+            judges = {"pairwise_accuracy": np.split(scores, 2), "length_only_accuracy": np.split(lengths, 2)}
+            estimates = {
+                name: preference_accuracy(chosen, rejected, prompts, seed=seed)
+                for name, (chosen, rejected) in judges.items()
+            }
+        return {"num_rows": len(part), **{name: asdict(estimate) for name, estimate in estimates.items()}}
+
+    def _length_sign(self, part: Sequence[Any]) -> float:
+        """Return whether longer (1) or shorter (-1) texts are liked better, so that the baseline knows as well."""
+        lengths = _lengths(part)
+        if self._config.objective == "regression":
+            liking = np.cov(lengths, [rating.rating for rating in part])[0, 1]
+        else:
+            chosen, rejected = np.split(lengths, 2)
+            liking = np.sign(chosen - rejected).sum()
+        return 1.0 if liking >= 0 else -1.0
+
+
+def _freeze(model: RewardModel, config: RewardModelConfig) -> None:
+    if config.freeze_embeddings:
+        model.trunk.get_input_embeddings().requires_grad_(False)
+    for name, parameter in model.trunk.named_parameters():
+        if name.startswith("pooler."):  # BERT's own pooling, which is not used, so that it never gets a gradient
+            parameter.requires_grad_(False)
+
+
+def _texts(part: Sequence[Rating] | Sequence[Preference]) -> list[tuple[Prompt | None, str]]:
+    """Return (prompt, text) of everything judged; for preferences all chosen, then all rejected."""
+    if isinstance(part[0], Rating):
+        return [(None, rating.text) for rating in part if isinstance(rating, Rating)]
+    pairs = [pair for pair in part if isinstance(pair, Preference)]
+    chosen: list[tuple[Prompt | None, str]] = [(pair.prompt, pair.chosen) for pair in pairs]
+    return chosen + [(pair.prompt, pair.rejected) for pair in pairs]
+
+
+def _lengths(part: Sequence[Any]) -> np.ndarray:
+    return np.array([float(len(text)) for _, text in _texts(part)])
+
+
+def _write(config: RewardModelConfig, metrics: Metrics, directory: str) -> None:
+    write_settings(config, directory)
+    with open(os.path.join(directory, METRICS_FILE), "w", encoding="utf-8") as file:
+        json.dump(metrics, file, indent=2)

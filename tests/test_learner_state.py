@@ -1,0 +1,204 @@
+import json
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from learner.config import LoraConfig
+from learner.learner import LearnerRank
+from learner.state import StateError
+from tests.learner_pair import Pair, pair_results, published
+from tests.learner_toys import learner_config, learner_rank, parameters, toy_batch, toy_directory, toy_model
+
+ENGINES: dict[str, dict[str, Any]] = {
+    "local": {},
+    "local, separate critic": {"critic": "separate"},
+    "local, lora": {"lora": LoraConfig(rank=4, alpha=8.0)},
+    "zero 1": {"backend": "zero", "zero_stage": 1},
+    "zero 2": {"backend": "zero", "zero_stage": 2},
+    "zero 3": {"backend": "zero", "zero_stage": 3},
+}
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return toy_directory(tmp_path_factory.mktemp("toy"), tie_word_embeddings=True)
+
+
+@pytest.fixture(scope="module")
+def pair() -> Pair:
+    return pair_results()
+
+
+def learn(learner: LearnerRank, toy: str, config: Any, steps: range) -> LearnerRank:
+    for step in steps:
+        batch = toy_batch(toy, config, step=step)
+        learner.step(batch.tables, batch.plan)
+    return learner
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_four_steps_are_two_and_two(toy, tmp_path, name):
+    config = learner_config(**ENGINES[name])
+    whole = learn(learner_rank(toy, config), toy, config, range(1, 5))
+    half = learn(learner_rank(toy, config), toy, config, range(1, 3))
+    files = half.save_state(str(tmp_path))
+    assert sorted(files) == sorted(path.name for path in tmp_path.iterdir())
+    resumed = learner_rank(toy, config)
+    resumed.load_state(str(tmp_path))
+    assert resumed.ping() == half.ping() == 8
+    learn(resumed, toy, config, range(3, 5))
+    assert same(parameters(resumed), parameters(whole))
+
+
+@pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq"])
+def test_the_comparison_finds_a_lost_moment(toy, tmp_path, key, monkeypatch):
+    config = learner_config()
+    half = learn(learner_rank(toy, config), toy, config, range(1, 3))
+    half.save_state(str(tmp_path))
+    resumed = learner_rank(toy, config)
+    resumed.load_state(str(tmp_path))
+    for state in resumed._networks.policy._optimizer.state.values():
+        state[key].zero_()
+    assert not same(
+        parameters(learn(resumed, toy, config, range(3, 4))), parameters(learn(half, toy, config, range(3, 4)))
+    )
+
+
+@pytest.mark.parametrize(("saved_by", "resumed_by"), [("local", "zero 3"), ("zero 3", "local"), ("zero 1", "zero 2")])
+def test_a_state_resumes_at_any_stage(toy, tmp_path, saved_by, resumed_by):
+    first_config, second_config = learner_config(**ENGINES[saved_by]), learner_config(**ENGINES[resumed_by])
+    first = learn(learner_rank(toy, first_config), toy, first_config, range(1, 3))
+    first.save_state(str(tmp_path))
+    second = learner_rank(toy, second_config)
+    second.load_state(str(tmp_path))
+    assert same(parameters(first), parameters(second))  # what was saved, to the bit
+    learn(first, toy, first_config, range(3, 4)), learn(second, toy, second_config, range(3, 4))
+    after = zip(parameters(first).values(), parameters(second).values(), strict=True)
+    assert max(float((a - b).abs().max()) for a, b in after) < 1e-6
+
+
+def test_a_state_is_full_tensors_without_pickles(toy, tmp_path):
+    config = learner_config()
+    learner = learner_rank(toy, config)
+    learner.save_state(str(tmp_path))
+    assert {path.name for path in tmp_path.iterdir()} == {"learner.json", "learner-00001-of-00001.safetensors"}
+    saved = load_file(tmp_path / "learner-00001-of-00001.safetensors")
+    shape = saved["policy/policy.model.embed_tokens.weight/exp_avg_sq"].shape
+    assert shape == (61, 32)
+    assert not any("lm_head" in name for name in saved)  # tied to the embedding, saved once
+
+
+def test_a_state_of_another_learner_is_refused(toy, tmp_path):
+    learner_rank(toy, learner_config()).save_state(str(tmp_path))
+    with pytest.raises(StateError, match=r"must be of \['critic', 'policy'\]"):
+        learner_rank(toy, learner_config(critic="separate")).load_state(str(tmp_path))
+    with pytest.raises(StateError, match="lora_A"):
+        learner_rank(toy, learner_config(lora=LoraConfig(rank=4, alpha=8.0))).load_state(str(tmp_path))
+    index = json.loads((tmp_path / "learner.json").read_text())
+    (tmp_path / "learner.json").write_text(json.dumps(index | {"format": 99}))
+    with pytest.raises(StateError, match="format must be 1"):
+        learner_rank(toy, learner_config()).load_state(str(tmp_path))
+
+
+def test_two_ranks_state_resumes_in_one_process(pair):
+    """Saved by two ranks at stage 3; one process goes on as they did."""
+    result = pair.variant("stage 3")
+    assert result["files"] == ["learner-00001-of-00002.safetensors", "learner.json"]
+    config = learner_config()
+    learner = learner_rank(pair.toy, config)
+    learner.load_state(str(pair.directory / "state"))
+    assert same(parameters(learner), result["parameters"])
+    after = parameters(learn(learner, pair.toy, config, range(4, 5)))
+    assert max(float((after[name] - result["after resume"][name]).abs().max()) for name in after) < 1e-6
+
+
+def test_both_ranks_wrote_a_share(pair):
+    sizes = [path.stat().st_size for path in (pair.directory / "state").glob("*.safetensors")]
+    assert len(sizes) == 2
+    assert max(sizes) < 1.5 * min(sizes)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=4, alpha=8.0)])
+def test_an_export_is_what_was_learnt(tmp_path, model_type, lora):
+    toy = toy_directory(tmp_path / "toy", model_type)
+    (tmp_path / "toy" / "tokenizer.json").write_text("{}")
+    config = learner_config(lora=lora)
+    learner = learn(learner_rank(toy, config), toy, config, range(1, 3))
+    learner.export_policy(str(tmp_path / "export"))
+    assert (tmp_path / "export" / "tokenizer.json").read_text() == "{}"
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "export").eval()
+    assert not any("lora" in name or "value_head" in name for name in exported.state_dict())
+    ids = torch.tensor([[3, 4, 5, 6]])
+    with torch.no_grad():
+        expected = learner._networks.module.policy(input_ids=ids).logits
+        assert torch.allclose(exported(input_ids=ids).logits, expected, atol=1e-5)
+        assert not torch.allclose(toy_model(model_type)(input_ids=ids).logits, expected, atol=1e-2)
+
+
+def test_an_export_keeps_half_precision_and_ties(tmp_path):
+    toy = toy_directory(tmp_path / "toy", tie_word_embeddings=True)
+    learner = learner_rank(toy, learner_config(), dtype="bfloat16")
+    learner.export_policy(str(tmp_path / "export"))
+    saved = load_file(tmp_path / "export" / "model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "export")
+    assert exported.lm_head.weight is exported.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("settings", [{}, {"backend": "zero", "zero_stage": 3}], ids=str)
+def test_published_weights_are_the_learners_to_the_bit(toy, settings):
+    config = learner_config(**settings)
+    learner = learn(learner_rank(toy, config), toy, config, range(1, 2))
+    found = published(learner)
+    weights = {name.removeprefix("policy/policy."): value for name, value in parameters(learner).items()}
+    assert found.keys() == {name for name in weights if "value_head" not in name}
+    assert "lm_head.weight" not in found  # tied: published once, as the embedding
+    assert all(torch.equal(found[name], weights[name]) for name in found)
+
+
+def test_two_ranks_publish_and_export_what_they_learnt(pair):
+    assert pair.variant("stage 3", 1)["published"] is None
+    result = pair.variant("stage 3")
+    exported = AutoModelForCausalLM.from_pretrained(pair.directory / "export").state_dict()
+    assert result["published"].keys() == exported.keys()
+    for name, tensor in result["published"].items():
+        assert torch.equal(tensor, result["parameters"][f"policy/policy.{name}"])
+        assert torch.equal(tensor, exported[name])
+
+
+def test_adapters_are_published_merged(pair):
+    merged = pair.variant("lora")["published"]
+    base = AutoModelForCausalLM.from_pretrained(pair.toy).state_dict()
+    assert merged.keys() == base.keys()
+    trained = pair.variant("lora")["parameters"]
+    name = "model.layers.1.mlp.down_proj"
+    down, up = (trained[f"policy/policy.{name}.lora_{part}.default.weight"] for part in "AB")
+    expected = base[f"{name}.weight"] + (8.0 / 4.0) * up @ down
+    assert torch.allclose(merged[f"{name}.weight"], expected, atol=1e-6)
+    assert not torch.allclose(merged[f"{name}.weight"], base[f"{name}.weight"], atol=1e-4)
+    assert torch.equal(merged["model.norm.weight"], base["model.norm.weight"])
+
+
+def test_only_the_newest_publication_is_kept_alive(toy):
+    learner = learner_rank(toy, learner_config())
+    learner.publish(version=0, incarnation=0)
+    newest = learner.publish(version=1, incarnation=2)
+    assert (newest.version, newest.incarnation) == (1, 2)
+    assert learner._publisher._newest is newest
+
+
+def test_large_models_travel_in_several_buckets(toy, monkeypatch):
+    monkeypatch.setattr("learner.publisher.BUCKET_BYTES", 10_000)
+    learner = learner_rank(toy, learner_config())
+    publication = learner.publish(version=0, incarnation=0)
+    assert len(publication.buckets) > 3
+    names = [entry.name for bucket in publication.buckets for entry in bucket.entries]
+    assert len(names) == len(set(names)) == 20
