@@ -105,7 +105,7 @@ class RolloutsConfig(Config):
     """Longest response, tokens."""
     stop: Strings = ()
     """Strings that end a response."""
-    max_rows: int = Field(default=32, ge=4)
+    max_rows: int = Field(default=32, ge=4, multiple_of=4)
     """Samples decoded together by one engine."""
 
 

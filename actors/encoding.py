@@ -71,8 +71,7 @@ class PromptEncoder:
 
         Args:
             prompt: Plain text, which gets the tokenizer's BOS unless it already begins with it, and in which special
-                tokens
-                count as such; or messages, which get the chat template and its generation prompt.
+                tokens count as such; or messages, which get the chat template and its generation prompt.
 
         Raises:
             ValueError: if the prompt cannot be encoded.

@@ -9,8 +9,12 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from actors.engine import SamplingParams
+
+_VECTOR = 32
+"""Elements that torch's CPU loops take at once, at most."""
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
@@ -67,7 +71,8 @@ def sample(
     if all(p.temperature == 0 for p in params):
         tokens = logits.argmax(dim=-1)
     else:
-        tokens = _inverse_cdf(_truncated(logprobs, params), uniform)
+        # NaN probabilities find no place at all; the NaN log-prob then tells, the index only has to exist.
+        tokens = _inverse_cdf(_truncated(logprobs, params), uniform).clamp(max=logits.shape[1] - 1)
         greedy = [p.temperature == 0 for p in params]
         if any(greedy):
             tokens = torch.where(torch.tensor(greedy, device=logits.device), logits.argmax(dim=-1), tokens)
@@ -90,7 +95,9 @@ def _tempered(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.T
 
 def _truncated(logprobs: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
     """Return unnormalised probabilities [B, V] with the tokens that top-k and top-p forbid at zero."""
-    probs = logprobs.exp()
+    # Whole vectors only: a rest would be computed one by one, with bits that depend on the row's place in the batch.
+    padding = -logprobs.shape[1] % _VECTOR
+    probs = (F.pad(logprobs, (0, padding), value=-torch.inf) if padding else logprobs).exp()
     for row, p in enumerate(params):
         if p.top_k or p.top_p < 1:
             probs[row] = _truncate_row(probs[row], p)
@@ -123,5 +130,4 @@ def _inverse_cdf(probs: torch.Tensor, uniform: np.ndarray) -> torch.Tensor:
     drawn = torch.searchsorted(cumulative, threshold, right=True)
     # Rounding can lift the threshold to the total itself: then the last token that has any probability is meant.
     last = torch.searchsorted(cumulative, total)
-    # NaN probabilities find no place at all; the NaN log-prob then tells, the index only has to exist.
-    return torch.minimum(drawn, last).clamp(max=probs.shape[1] - 1)[:, 0]
+    return torch.minimum(drawn, last)[:, 0]

@@ -23,9 +23,9 @@ _HARMLESS_KEYWORDS = frozenset({"position_ids", "use_cache", "output_router_logi
 """Keywords that models hand to attention and that do not change its result here."""
 
 
-def round_up(length: int) -> int:
-    """Return `length` rounded up to a window size, e.g. 17 -> 32."""
-    return -(-length // WINDOW_MULTIPLE) * WINDOW_MULTIPLE
+def round_up(count: int, multiple: int) -> int:
+    """Return the next multiple that is not below `count`, e.g. 17 and 16 -> 32."""
+    return -(-count // multiple) * multiple
 
 
 class SlotContext(Protocol):
@@ -62,7 +62,7 @@ class SlotCache:
         """Make room for samples of `length` tokens, keeping what is stored."""
         if length <= self.max_len:
             return
-        self.max_len = round_up(length)
+        self.max_len = round_up(length, WINDOW_MULTIPLE)
         self.keys = [_lengthened(tensor, self.max_len) for tensor in self.keys]
         self.values = [_lengthened(tensor, self.max_len) for tensor in self.values]
 

@@ -6,7 +6,7 @@ the slots 0-3.  When p's sample in slot 1 ends, the sample of slot 3 moves into 
 slot 3 goes to q's second sample before the next token is decoded.
 
 On a CPU in float32 a sample's tokens and log-probs have the same bits alone and in any company.  This rests on: prompts
-prefilled alone, products of at least four rows, key-value windows rounded up, random numbers without state
+prefilled alone, rows padded to a multiple of four, key-value windows rounded up, random numbers without state
 (`actors.sampling`), and `MKL_CBWR=AVX2,STRICT` in the environment before torch is loaded.
 """
 
@@ -32,11 +32,13 @@ from actors.engine import (
     check_request,
 )
 from actors.sampling import sample, uniforms
-from actors.slots import Decode, Prefix, SlotCache, SlotContext, install, round_up
+from actors.slots import WINDOW_MULTIPLE, Decode, Prefix, SlotCache, SlotContext, install, round_up
 from actors.weights import InPlaceWeights
 
-MIN_ROWS = 4
-"""Products of fewer rows take other code paths in the maths library, with other bits."""
+ROW_MULTIPLE = 4
+"""Rows of a forward pass.  Products of fewer than four take other code paths in the maths library, with other bits; and
+the last elements of a tensor whose size is not a multiple of 32 are computed one by one instead of as vectors, so that
+exp, cos and the like have other bits there.  Four rows of any width that is a multiple of 8 leave no such rest."""
 
 _STOP_MARGIN = 8
 """Tokens decoded before the longest possible stop string: a decoder may treat the first token of a text differently."""
@@ -77,7 +79,7 @@ class TorchEngine:
     Args:
         model: decoder in eval mode, on the device it runs on.
         tokenizer: decodes responses.
-        max_rows: samples decoded together, at least 4.
+        max_rows: samples decoded together, a multiple of 4.
         eos_ids: tokens that end a response.
         max_len: longest prompt with response, tokens; None = what the model's positions allow.  Memory grows with need.
         logits_hook: see `LogitsHook`.
@@ -93,8 +95,8 @@ class TorchEngine:
         max_len: int | None = None,
         logits_hook: LogitsHook | None = None,
     ) -> None:
-        if max_rows < MIN_ROWS:
-            raise ValueError(f"max_rows must be at least {MIN_ROWS}, got {max_rows}; fewer rows have other bits")
+        if max_rows < 1 or max_rows % ROW_MULTIPLE:
+            raise ValueError(f"max_rows must be a multiple of {ROW_MULTIPLE}, got {max_rows}; round it up")
         install(model)
         self._model = model.eval()
         self._tokenizer = tokenizer
@@ -241,12 +243,12 @@ class TorchEngine:
 
     def _prefill(self, tokens: Sequence[int]) -> tuple[Prefix, Tensor]:
         """Run one sequence alone; return its keys and values, and the logits [1, V] after its last token."""
-        ids = torch.zeros(1, round_up(len(tokens)), dtype=torch.long)
+        ids = torch.zeros(1, round_up(len(tokens), WINDOW_MULTIPLE), dtype=torch.long)
         ids[0, : len(tokens)] = torch.as_tensor(tokens)
         # Padding may reach past the last position the model has an embedding for.
         positions = torch.arange(ids.shape[1]).clamp(max=self._max_positions - 1)
         prefix = Prefix(length=len(tokens))
-        last = torch.full((MIN_ROWS,), len(tokens) - 1, device=self._device)
+        last = torch.full((ROW_MULTIPLE,), len(tokens) - 1, device=self._device)
         logits = self._forward(ids, positions[None], keep=last, context=prefix)
         self._stats.num_prefill_tokens += len(tokens)
         return prefix, logits[0, :1]
@@ -255,10 +257,10 @@ class TorchEngine:
         """Feed every row's last token and draw its next one."""
         start = time.perf_counter()
         live = len(self._rows)
-        feed = np.zeros((2, max(live, MIN_ROWS)), dtype=np.int64)  # token and position of each row
+        feed = np.zeros((2, round_up(live, ROW_MULTIPLE)), dtype=np.int64)  # token and position of each row
         feed[0, :live] = [row.tokens[-1] for row in self._rows]
         feed[1, :live] = [row.num_stored for row in self._rows]
-        window = round_up(int(feed[1].max()) + 1)
+        window = round_up(int(feed[1].max()) + 1, WINDOW_MULTIPLE)
         tokens, positions = torch.from_numpy(feed).to(self._device)
         context = Decode(self._cache, positions, window)
         logits = self._forward(tokens[:, None], positions[:, None], keep=1, context=context)

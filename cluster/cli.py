@@ -20,6 +20,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+_INTERRUPTED = 130
+
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG.yaml", help="The configuration file.")]
 Overrides = Annotated[
     list[str] | None,
@@ -111,15 +113,14 @@ def main() -> None:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # reward functions and data writers are named by import path
     try:
-        app(standalone_mode=False)
+        status = app(standalone_mode=False)  # typer turns an interrupt into its status
     except ConfigError as error:
         _fail(f"configuration error: {error}", status=2)
-    except typer.Exit as stop:
-        raise SystemExit(stop.exit_code) from None
-    except KeyboardInterrupt:
-        _fail("interrupted; the run directory is readable, and the same command continues it", status=130)
     except Exception as error:
         _fail(*_describe(error))
+    if status == _INTERRUPTED:
+        _fail("interrupted; the run directory is readable, and the same command continues it", status=_INTERRUPTED)
+    raise SystemExit(status)
 
 
 def _run_config(path: str, overrides: list[str] | None) -> RunConfig:

@@ -16,6 +16,7 @@ ENVIRONMENT = {
     "OMP_WAIT_POLICY": "PASSIVE",  # idle threads sleep, so stages that alternate can each use all cores
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",  # weights are fetched on a thread of their own
 }
 """Of every worker process; must be set before torch is loaded."""
 

@@ -7,10 +7,12 @@
     print(algorithm.train()["score_mean"])
     algorithm.stop()
 
-A thin shell: the run, its processes and its directory are those of `concord train`, one `train()` is one step of the loop,
-and RLlib's own workers, learners and modules are not used.  The run directory is the checkpoint: one that RLlib writes
-holds the configuration and names that directory, and restoring continues from the run's own last checkpoint there
-(`run.checkpoint_every`).  RLlib writes its checkpoints as pickles; load only your own.
+A thin shell: the run, its processes and its directory are those of `concord train`, one `train()` is one step of the
+loop, and RLlib's own workers, learners and modules are not used.  The run directory is the checkpoint: one that RLlib
+writes holds the configuration and names that directory, and restoring continues from the run's own last checkpoint
+there (`run.checkpoint_every`).  RLlib writes its checkpoints as pickles; load only your own.
+
+Tune moves each trial into a directory of its own; RAY_CHDIR_TO_TRIAL_DIR=0 lets relative paths keep their meaning.
 """
 
 import os
@@ -20,6 +22,7 @@ from typing import Any
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 from ray.rllib.utils.checkpoints import Checkpointable
+from ray.rllib.utils.metrics.metrics_logger import MetricsLogger
 from ray.tune import PlacementGroupFactory
 
 from cluster.checks import check_run
@@ -55,7 +58,7 @@ class RLHFConfig(AlgorithmConfig):
         self.sections = _merged(self.sections, {name: settings})
         return self
 
-    def model(self, model: str | dict[str, Any], **settings: Any) -> "RLHFConfig":
+    def model(self, model: str | dict[str, Any], **settings: Any) -> "RLHFConfig":  # type: ignore[override]
         """Choose the policy: a path, or an architecture with random weights; other settings of section `policy`."""
         return self.section("policy", model=model, **settings)
 
@@ -106,6 +109,8 @@ class RLHFConfig(AlgorithmConfig):
 class RLHF(Algorithm):
     """A Concord run as an RLlib algorithm; `train()` is one step."""
 
+    config: RLHFConfig
+    metrics: MetricsLogger
     _run: Run | None = None
     _steps: Iterator[int]
 

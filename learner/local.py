@@ -7,13 +7,15 @@ masters, the update happens there, and the module's parameters are rounded copie
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from learner.config import OptimizerConfig
 from learner.optimizer import NonFiniteError, ParameterGroup, adamw_groups
+
+if TYPE_CHECKING:
+    from learner.config import OptimizerConfig
 
 
 class LocalEngine:
@@ -25,7 +27,7 @@ class LocalEngine:
     def __init__(
         self,
         module: nn.Module,
-        config: OptimizerConfig,
+        config: "OptimizerConfig",
         *,
         groups: Sequence[ParameterGroup] = (),
         dtype: torch.dtype = torch.float32,

@@ -7,12 +7,13 @@ code above the seam never asks which one it has.
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import nn
 
-from learner.config import OptimizerConfig
+if TYPE_CHECKING:
+    from learner.config import OptimizerConfig
 
 
 class NonFiniteError(RuntimeError):
@@ -78,7 +79,7 @@ class OptimizerEngine(Protocol):
 
 
 def adamw_groups(
-    parameters: Mapping[str, nn.Parameter], groups: Sequence[ParameterGroup], config: OptimizerConfig
+    parameters: Mapping[str, nn.Parameter], groups: Sequence[ParameterGroup], config: "OptimizerConfig"
 ) -> list[dict[str, Any]]:
     """Return torch optimizer groups: one for each `ParameterGroup`, and one of scale 1 for all other parameters.
 
@@ -106,7 +107,7 @@ def adamw_groups(
 
 def make_engine(
     module: nn.Module,
-    config: OptimizerConfig,
+    config: "OptimizerConfig",
     *,
     backend: Literal["zero", "local"],
     zero_stage: int,

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 _NUM_RESAMPLES = 1000
+_MAX_TEXTS = 2000
+"""Texts of which all pairs are compared; more are drawn from, as memory grows with the square."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +44,9 @@ def pairwise_accuracy(scores: np.ndarray, ratings: np.ndarray, *, margin: float,
         margin: in units of the rating; a tied score counts one half.
         seed: of the bootstrap.
     """
+    if len(scores) > _MAX_TEXTS:
+        chosen = np.random.default_rng([seed % 2**63, 3]).choice(len(scores), size=_MAX_TEXTS, replace=False)
+        scores, ratings = scores[chosen], ratings[chosen]
     is_above = (ratings[:, None] - ratings[None, :] > margin).astype(np.float64)
     agreement = is_above * (np.sign(scores[:, None] - scores[None, :]) + 1.0) / 2.0
 

@@ -10,7 +10,7 @@ it never saw.
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -43,7 +43,8 @@ METRICS_FILE = "metrics.json"
 _NUM_REFERENCE_TEXTS = 512
 _MICROBATCH_TOKENS = 8192
 
-Metrics = dict[str, Any]
+Metrics = dict[str, float]
+"""`test_pearson` and such; `..._low` and `..._high` are the ends of its 95% interval."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +54,7 @@ class RewardModelResult:
     directory: str
     num_train: int
     metrics: Metrics
-    """Of `validation` and `test`: each figure with its 95% interval."""
+    """Of the validation and the test part, each figure with its 95% interval."""
     quarantined: tuple[Quarantined, ...]
 
 
@@ -71,6 +72,8 @@ def train(config: RewardModelConfig, *, cache_dir: str, progress: Progress = sil
     judgements, quarantined = read_examples(dataset, parse, strict=config.data.strict)
     seed = config.training.seed
     parts = split(judgements, held_out_fraction=config.held_out_fraction, seed=seed)
+    if is_regression:
+        _check_margin(parts, config.pair_margin)
     training = limited(parts.train, config.data.limit, seed=seed)
     parts = Split(train=training, validation=parts.validation, test=parts.test)
     metrics: Metrics = {}
@@ -153,14 +156,14 @@ class _Trainer:
         reference = limited(_texts(parts.train), _NUM_REFERENCE_TEXTS, seed=self._config.training.seed)
         self._model.normalize(self._scores(reference).tolist())
         length_sign = self._length_sign(parts.train)
-        metrics = {
-            name: self._measure(part, length_sign=length_sign)
-            for name, part in (("validation", parts.validation), ("test", parts.test))
-        }
+        metrics: Metrics = {"num_train": len(parts.train)}
+        for name, part in (("validation", parts.validation), ("test", parts.test)):
+            measured = self._measure(part, length_sign=length_sign)
+            metrics |= {f"{name}_{key}": value for key, value in measured.items()}
         with self._engine.gathered(list(self._model.parameters())):
             self._model.save(directory)
         self._engine.close()
-        return {"num_train": len(parts.train), **metrics}
+        return metrics
 
     def _objective(self, part: Sequence[Any]) -> Objective:
         if self._config.objective == "regression":
@@ -201,7 +204,10 @@ class _Trainer:
                 name: preference_accuracy(chosen, rejected, prompts, seed=seed)
                 for name, (chosen, rejected) in judges.items()
             }
-        return {"num_rows": len(part), **{name: asdict(estimate) for name, estimate in estimates.items()}}
+        metrics: Metrics = {"num_rows": len(part)}
+        for name, estimate in estimates.items():
+            metrics |= {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
+        return metrics
 
     def _length_sign(self, part: Sequence[Any]) -> float:
         """Return whether longer (1) or shorter (-1) texts are liked better, so that the baseline knows as well."""
@@ -212,6 +218,16 @@ class _Trainer:
             chosen, rejected = np.split(lengths, 2)
             liking = np.sign(chosen - rejected).sum()
         return 1.0 if liking >= 0 else -1.0
+
+
+def _check_margin(parts: Split[Rating], margin: float) -> None:
+    for name, part in (("validation", parts.validation), ("test", parts.test)):
+        ratings = [rating.rating for rating in part]
+        if max(ratings) - min(ratings) <= margin:
+            raise ValueError(
+                f"the {name} part must have ratings more than pair_margin apart, got {min(ratings)} to {max(ratings)} "
+                f"with pair_margin {margin}; lower it, or give more data"
+            )
 
 
 def _freeze(model: RewardModel, config: RewardModelConfig) -> None:

@@ -32,7 +32,7 @@ from learner.training import (
 )
 
 _CHUNK_TOKENS = 512
-_MICROBATCH_TOKENS = 2048
+_MICROBATCH_TOKENS = 512  # attention in a shared row costs its square
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,6 @@ from pydantic import Field, model_validator
 
 from actors.config import Config, Strings
 
-
 RESERVED_NAMES = frozenset({"score", "return", "advantage", "response_length"})
 """Metrics called `<name>_mean` or `<name>_std` that are not a component's."""
 

@@ -17,6 +17,6 @@ def ray_cluster():
 
     from cluster.placement import ENVIRONMENT
 
-    ray.init(num_cpus=4, namespace="concord", runtime_env={"env_vars": ENVIRONMENT}, include_dashboard=False)
+    ray.init(num_cpus=2, namespace="concord", runtime_env={"env_vars": ENVIRONMENT}, include_dashboard=False)
     yield ray
     ray.shutdown()

@@ -1,7 +1,7 @@
 """Two learner ranks as two processes: everything that needs them, in one pair to save start-up time.
 
-Each rank writes what it found to `<directory>/rank-<r>.pt`; `test_learner_learner.py` and `test_learner_state.py` look at
-it through `pair_results`, which runs the pair once.
+Each rank writes what it found to `<directory>/rank-<r>.pt`; `test_learner_learner.py` and `test_learner_state.py` look
+at it through `pair_results`, which runs the pair once.
 """
 
 import functools
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from actors.weights import unpack_bucket
 from learner.batch import StepPlan
 from learner.config import LoraConfig
 from learner.learner import LearnerRank
@@ -92,16 +93,11 @@ def published(learner: LearnerRank) -> dict[str, torch.Tensor] | None:
     publication = learner.publish(version=1, incarnation=0)
     if publication is None:
         return None
-    found = {}
-    for bucket in publication.buckets:
-        offset = 0
-        for entry in bucket.entries:
-            dtype = getattr(torch, entry.dtype)
-            size = torch.Size(entry.shape).numel() * dtype.itemsize
-            raw = torch.from_numpy(bucket.handle[offset : offset + size].copy())
-            found[entry.name] = raw.view(dtype).reshape(entry.shape)
-            offset += -(-size // 64) * 64
-    return found
+    return {
+        name: tensor.clone()
+        for bucket in publication.buckets
+        for name, tensor in unpack_bucket(bucket.handle, bucket.entries)
+    }
 
 
 def run(rank: int, port: int, directory: str, out: str) -> None:

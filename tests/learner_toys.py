@@ -1,5 +1,6 @@
 """A tiny policy and made-up batches for the learner's tests."""
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,6 +73,7 @@ class ToyBatch:
     plan: StepPlan
 
 
+@functools.cache
 def toy_tables(
     directory: str, *, step: int, num_groups: int = 5, num_samples: int = 3
 ) -> tuple[list[pa.Table], pa.Table]:

@@ -12,8 +12,8 @@ from examples.movie_reviews import assets, topics
 from examples.movie_reviews.rules import content_words, topic_named, vader
 
 
-def read(tmp_path, part: str) -> list[dict]:
-    make = FunctionConfig(function="examples.movie_reviews.topics:prompts", arguments={"part": part})
+def read(tmp_path, split: str) -> list[dict]:
+    make = FunctionConfig(function="examples.movie_reviews.topics:write_prompts", arguments={"split": split})
     config = PromptsConfig(make=make)
     return [row.value for row in open_dataset(config.path, config.make, cache_dir=str(tmp_path))]
 
@@ -28,7 +28,7 @@ def test_held_out_topics_share_no_content_word_with_training_topics(tmp_path):
     assert not words[0] & words[1]
     assert len({row["id"] for row in [*train, *held_out]}) == len(train) + len(held_out)
     with pytest.raises(ValueError, match="must be one of train, held_out"):
-        topics.prompts(str(tmp_path), part="test")
+        topics.write_prompts(str(tmp_path), split="test")
 
 
 @pytest.mark.parametrize(

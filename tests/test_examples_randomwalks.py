@@ -4,13 +4,20 @@ import dataclasses
 import itertools
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from cluster.checks import check_run
+from cluster.config import RunConfig, load
+from cluster.start import start_config
 from examples.randomwalks.graph import GOAL, MAX_NODES, NODES, Task, make_task, write_prompts, write_walks
 from examples.randomwalks.rewards import optimality
+from learner.config import SFTConfig
 from tests.randomwalks_exact import frontier, uniform_legal_walk
+
+ROOT = Path(__file__).parent.parent
 
 # Exact frontier of seed 1000 against the uniform legal walk: beta -> (mean optimality, nats per walk).
 PUBLISHED = {
@@ -189,3 +196,17 @@ def test_starts_that_cannot_win_are_no_prompts(tmp_path, monkeypatch):
     write_prompts(str(tmp_path), seed=0)
     prompts = [json.loads(line)["prompt"] for line in (tmp_path / "prompts.jsonl").read_text().splitlines()]
     assert prompts == ["b", "c", "d"]
+
+
+def test_the_yaml_files_fit_together(monkeypatch):
+    """One setting chooses the graph everywhere; the start trains the model that the run names."""
+    monkeypatch.chdir(ROOT)
+    config = load(RunConfig, "examples/randomwalks.yaml", ["prompts.make.arguments.seed=1004"])
+    check_run(config)
+    start = start_config(config)
+    sources = (config.prompts, config.evaluation.prompts, start.data)
+    assert [source.make.arguments for source in sources] == [{"seed": 1004}] * 3
+    assert config.run.dir == "runs/randomwalks/1004"
+    assert load(SFTConfig, "examples/randomwalks/sft.yaml").policy.model == config.policy.model == start.policy.model
+    assert config.policy.model.tokenizer.characters == NODES
+    assert config.rollouts.max_new_tokens == MAX_NODES, "all letters but the first, and the end"

@@ -3,16 +3,18 @@ import math
 import random
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
 
-from learner.config import AlgorithmConfig, KLConfig, LoraConfig
+from actors.scoring import reference_logprobs
+from learner.config import AlgorithmConfig, KLConfig, LoraConfig, OptimizerConfig
 from learner.experience import FirstPass, judge, read_samples
 from learner.learner import LearnerRank
 from learner.optimizer import NonFiniteError
 from tests.learner_pair import VARIANTS, WORLD_SIZE, Pair, pair_results
-from tests.learner_toys import learner_config, learner_rank, parameters, toy_batch
+from tests.learner_toys import TEMPERATURE, ToyBatch, learner_config, learner_rank, parameters, toy_batch
 
 TOLERANCE = 1e-6
 STEPS = range(1, 4)
@@ -145,24 +147,31 @@ def test_the_gap_counts_only_tokens_of_the_published_version(toy):
     assert learner.step(batch.tables, batch.plan)["learner_logprob_gap"] == 0.0
 
 
+def learn_one_batch(toy: str, algorithm: AlgorithmConfig, **settings: Any) -> tuple[LearnerRank, ToyBatch, list[Any]]:
+    """Repeat one batch with a higher learning rate; return the metrics of each repetition."""
+    config = learner_config(optimizer=OptimizerConfig(learning_rate=5e-3), num_minibatches=1, epochs=4, **settings)
+    batch = toy_batch(toy, config, step=1)
+    learner = learner_rank(toy, config, algorithm=algorithm)
+    return learner, batch, [learner.step(batch.tables, batch.plan) for _ in range(6)]
+
+
 @pytest.mark.parametrize("critic", ["trunk", "separate"])
-def test_values_and_policy_learn(toy, critic):
-    config = learner_config(critic=critic, num_minibatches=1, epochs=1)
-    batch = toy_batch(toy, config, step=1)
+def test_values_learn_their_returns(toy, critic):
     algorithm = AlgorithmConfig(value_clip_range=None, value_coef=1.0, gae_lambda=1.0)
-    learner = learner_rank(toy, config, algorithm=algorithm)
-    history = [learner.step(batch.tables, batch.plan) for _ in range(12)]
+    _, _, history = learn_one_batch(toy, algorithm, critic=critic)
     assert history[-1]["value_loss"] < 0.5 * history[0]["value_loss"]
-    assert history[-1]["value_explained_variance"] > history[0]["value_explained_variance"] + 0.3
+    assert history[-1]["value_explained_variance"] > 0.5 > 0.1 > history[0]["value_explained_variance"]
 
 
-def test_the_policy_moves_towards_good_responses(toy):
-    config = learner_config(num_minibatches=1, epochs=8)
-    batch = toy_batch(toy, config, step=1)
-    algorithm = AlgorithmConfig(kl=KLConfig(coef=0.0), whiten_advantages=False, gae_lambda=1.0)
-    learner = learner_rank(toy, config, algorithm=algorithm)
-    history = [learner.step(batch.tables, batch.plan) for _ in range(2)]
-    assert history[-1]["policy_loss"] < history[0]["policy_loss"] < 0.0
+def test_good_responses_become_likelier_and_bad_ones_less_likely(toy):
+    algorithm = AlgorithmConfig(kl=KLConfig(coef=0.0), whiten_advantages=False, gae_lambda=1.0, value_coef=0.0)
+    learner, batch, _ = learn_one_batch(toy, algorithm)
+    gains = []
+    for sample in read_samples(batch.tables, batch.plan):
+        policy, responses = learner._networks.module.policy, [sample.response_ids]
+        after = reference_logprobs(policy, sample.prompt_ids, responses, temperature=TEMPERATURE)[0]
+        gains.append(float((torch.from_numpy(after) - sample.logprobs)[sample.loss_mask].sum()))
+    assert np.corrcoef(gains, batch.plan.scores)[0, 1] > 0.3
 
 
 def test_half_precision_recomputes_the_old_logprobs(toy):
@@ -260,7 +269,7 @@ def test_a_non_finite_critic_leaves_the_policy_alone(toy):
     with torch.no_grad():
         learner._networks.critic.module.value_head.bias.fill_(math.inf)
     batch = toy_batch(toy, config, step=1)
-    with pytest.raises((NonFiniteError, ValueError)):
+    with pytest.raises(NonFiniteError):
         learner.step(batch.tables, batch.plan)
     after = parameters(learner)
     assert all(torch.equal(before[name], after[name]) for name in before if name.startswith("policy/"))

@@ -58,11 +58,11 @@ def config(tmp_path, trunk: str, rows: list[dict], **settings: object) -> Reward
 def test_a_planted_rating_is_found_and_the_result_is_normalised(tmp_path, trunk):
     rows = [{"text": text, "rating": liking(text)} for text in TEXTS]
     result = train(config(tmp_path, trunk, rows, objective="regression"), cache_dir="unused")
-    test = result.metrics["test"]
-    assert test["pearson"]["value"] > 0.95
-    assert test["pairwise_accuracy"]["value"] > 0.97
-    assert test["pairwise_accuracy"]["low"] > test["length_only_accuracy"]["high"]
-    assert result.num_train + result.metrics["validation"]["num_rows"] + test["num_rows"] == len(TEXTS)
+    metrics = result.metrics
+    assert metrics["test_pearson"] > 0.95
+    assert metrics["test_pairwise_accuracy"] > 0.97
+    assert metrics["test_pairwise_accuracy_low"] > metrics["test_length_only_accuracy_high"]
+    assert result.num_train + metrics["validation_num_rows"] + metrics["test_num_rows"] == len(TEXTS)
     model = RewardModel.load(result.directory, device=CPU)
     parts = split([Rating(text=text, rating=0.0) for text in TEXTS], held_out_fraction=0.15, seed=0)
     scores = np.array([score for rating in parts.train for score in model.score([rating.text])])
@@ -84,8 +84,14 @@ def test_a_planted_preference_is_found(tmp_path, trunk):
         if liking(high) > liking(low) + 0.5
     ]
     result = train(config(tmp_path, trunk, rows, objective="bradley_terry"), cache_dir="unused")
-    assert result.metrics["test"]["pairwise_accuracy"]["value"] > 0.9
-    assert "pearson" not in result.metrics["test"]
+    assert result.metrics["test_pairwise_accuracy"] > 0.9
+    assert "test_pearson" not in result.metrics
+
+
+def test_ratings_that_cannot_be_measured_are_refused_before_training(tmp_path, trunk):
+    rows = [{"text": text, "rating": 3.0} for text in TEXTS]
+    with pytest.raises(ValueError, match=r"more than pair_margin apart, got 3\.0 to 3\.0"):
+        train(config(tmp_path, trunk, rows, objective="regression"), cache_dir="unused")
 
 
 def test_training_is_repeatable(tmp_path, trunk):

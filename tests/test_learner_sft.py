@@ -94,7 +94,7 @@ def test_the_loss_is_cross_entropy_of_the_trained_tokens_alone(tmp_path):
         labels = [-100] * len(example.prompt_ids)
         labels += [i if t else -100 for i, t in zip(example.response_ids, example.is_trained, strict=True)]
         expected += float(model(ids, labels=torch.tensor([labels])).loss.detach()) * 3
-    assert float(loss) == pytest.approx(expected, rel=1e-5)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_microbatches_do_not_change_the_gradient(tmp_path):

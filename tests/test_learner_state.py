@@ -6,11 +6,23 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from actors.engine import Request, SamplingParams
+from actors.scoring import reference_logprobs
+from actors.torch_engine import TorchEngine
+from actors.weights import InProcessTransport, receive
 from learner.config import LoraConfig
 from learner.learner import LearnerRank
 from learner.state import StateError
 from tests.learner_pair import Pair, pair_results, published
-from tests.learner_toys import learner_config, learner_rank, parameters, toy_batch, toy_directory, toy_model
+from tests.learner_toys import (
+    TEMPERATURE,
+    learner_config,
+    learner_rank,
+    parameters,
+    toy_batch,
+    toy_directory,
+    toy_model,
+)
 
 ENGINES: dict[str, dict[str, Any]] = {
     "local": {},
@@ -30,6 +42,13 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def pair() -> Pair:
     return pair_results()
+
+
+class ToyTokenizer:
+    """The engine asks for text; here it does not matter."""
+
+    def decode(self, ids: Any, **_: Any) -> str:
+        return " ".join(map(str, ids))
 
 
 def learn(learner: LearnerRank, toy: str, config: Any, steps: range) -> LearnerRank:
@@ -162,6 +181,26 @@ def test_published_weights_are_the_learners_to_the_bit(toy, settings):
     assert found.keys() == {name for name in weights if "value_head" not in name}
     assert "lm_head.weight" not in found  # tied: published once, as the embedding
     assert all(torch.equal(found[name], weights[name]) for name in found)
+
+
+def test_an_engine_takes_a_publication_and_samples_what_the_learner_scores(toy):
+    """Publish, receive into a real engine, generate: the engine's recorded log-probs are the learner's."""
+    config = learner_config()
+    learner = learn(learner_rank(toy, config), toy, config, range(1, 3))
+    engine = TorchEngine(toy_model(tie_word_embeddings=True), ToyTokenizer(), max_rows=4, eos_ids=frozenset({2}))
+    receive(learner.publish(version=5, incarnation=0), InProcessTransport(), engine)
+    sampling = SamplingParams(max_new_tokens=8, temperature=TEMPERATURE)
+    engine.submit([Request(request_id="a", prompt_ids=[3, 4, 5], num_samples=4, seed=1, sampling=sampling)])
+    found: list[Any] = []
+    while engine.has_work:
+        found += engine.step()
+    policy, responses = learner._networks.module.policy, [completion.response_ids for completion in found]
+    expected = reference_logprobs(policy, [3, 4, 5], responses, temperature=TEMPERATURE)
+    for completion, logprobs in zip(found, expected, strict=True):
+        assert set(completion.policy_versions.tolist()) == {5}
+        assert abs(completion.logprobs - logprobs).max() < 1e-4
+    before = reference_logprobs(toy_model(tie_word_embeddings=True), [3, 4, 5], responses, temperature=TEMPERATURE)
+    assert max(abs(b - e).max() for b, e in zip(before, expected, strict=True)) > 1e-2  # the weights did change
 
 
 def test_two_ranks_publish_and_export_what_they_learnt(pair):

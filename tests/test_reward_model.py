@@ -129,8 +129,8 @@ def test_normalisation_gives_mean_0_and_deviation_1(bert):
 
 
 def test_head_starts_at_the_published_scale(llama):
-    weights = torch.cat([RewardModel.build(llama, seed=seed).head.weight.detach() for seed in range(50)])
-    assert float(weights.std()) == pytest.approx(1 / np.sqrt(33), rel=0.05)
+    weights = torch.cat([RewardModel.build(llama, seed=seed).head.weight.detach() for seed in range(12)])
+    assert float(weights.std()) == pytest.approx(1 / np.sqrt(33), rel=0.1)
     assert torch.equal(RewardModel.build(llama, seed=3).head.weight, RewardModel.build(llama, seed=3).head.weight)
     assert float(RewardModel.build(llama).head.bias.detach()) == 0.0
 

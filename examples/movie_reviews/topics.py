@@ -116,17 +116,17 @@ HELD_OUT = (
 QUALITIES = ("good", "bad")
 
 
-def prompts(directory: str, *, part: str) -> None:
-    """Write the prompts of one part, one for each topic and quality, as chat messages; for `prompts.make`.
+def write_prompts(directory: str, *, split: str) -> None:
+    """Write the prompts of one split, one for each topic and quality, as chat messages; for `prompts.make`.
 
     Raises:
-        ValueError: if there is no such part.
+        ValueError: if there is no such split.
     """
-    parts = {"train": TRAIN, "held_out": HELD_OUT}
-    if part not in parts:
-        raise ValueError(f"part must be one of {', '.join(parts)}, got {part!r}")
+    splits = {"train": TRAIN, "held_out": HELD_OUT}
+    if split not in splits:
+        raise ValueError(f"split must be one of {', '.join(splits)}, got {split!r}")
     with open(os.path.join(directory, "prompts.jsonl"), "w", encoding="utf-8") as file:
-        for row in _rows(parts[part]):
+        for row in _rows(splits[split]):
             file.write(json.dumps(row) + "\n")
 
 
