@@ -1,9 +1,12 @@
 """Checks of a valid configuration against the world: files, import paths, the machine.  Nothing heavy is imported."""
 
+import ast
+import difflib
 import importlib.util
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from actors.config import PolicyConfig, PromptsConfig
 from cluster.config import ConfigError, RunConfig
@@ -66,7 +69,7 @@ def check_policy(policy: PolicyConfig, *, where: str = "policy.model") -> Iterat
 def check_data(data: PromptsConfig | DataConfig, *, where: str = "data") -> Iterator[str]:
     """Yield what is wrong with the file or function that rows come from."""
     if data.make:
-        yield from _function(f"{where}.make.function", data.make.function)
+        yield from _function(f"{where}.make.function", data.make.function, data.make.arguments)
     elif data.path and "://" not in data.path and not os.path.exists(data.path):
         yield f"{where}.path must be an existing file or directory, got {data.path!r}; {_PATHS}"
 
@@ -77,14 +80,45 @@ def _reward(config: RunConfig) -> Iterator[str]:
         if component.model:
             yield from check_model(f"{where}.model", component.model)
         if component.function:
-            yield from _function(f"{where}.function", component.function)
+            yield from _function(f"{where}.function", component.function, component.arguments)
 
 
-def _function(where: str, path: str) -> Iterator[str]:
-    module = path.partition(":")[0]
+def _function(where: str, path: str, arguments: Mapping[str, Any]) -> Iterator[str]:
+    """Check a function by reading its module's source: importing it could load anything, torch for instance."""
+    module, _, name = path.partition(":")
     try:
         found = importlib.util.find_spec(module)
     except ImportError:
         found = None
     if found is None:
         yield f"{where} must name an importable module, and there is no {module!r} (in {path!r}); {_PATHS}"
+        return
+    if found.origin is None or not found.origin.endswith(".py"):
+        return
+    with open(found.origin, encoding="utf-8") as file:
+        tree = ast.parse(file.read())
+    functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+    if name in functions:
+        yield from _arguments(where, functions[name], arguments)
+    elif name not in {target for node in tree.body for target in _bound_names(node)}:
+        near = difflib.get_close_matches(name, functions, n=1) or sorted(functions)
+        yield f"{where} must name a function of {module}, and there is no {name!r}; it has {', '.join(near) or 'none'}"
+
+
+def _arguments(where: str, function: ast.FunctionDef, arguments: Mapping[str, Any]) -> Iterator[str]:
+    if function.args.kwarg:
+        return
+    known = [argument.arg for argument in (*function.args.args, *function.args.kwonlyargs)]
+    for name in arguments:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1) or known
+            yield f"{where.rpartition('.')[0]}.arguments.{name} is not an argument; {function.name} has {', '.join(near)}"
+
+
+def _bound_names(node: ast.stmt) -> Iterator[str]:
+    """Yield names that a module's statement binds: what is imported or assigned may be a function too."""
+    if isinstance(node, (ast.Import, ast.ImportFrom)):
+        yield from (alias.asname or alias.name for alias in node.names)
+    yield from (
+        child.id for child in ast.walk(node) if isinstance(child, ast.Name) and isinstance(child.ctx, ast.Store)
+    )

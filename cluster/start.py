@@ -9,7 +9,6 @@ from typing import Any
 
 from cluster.config import ConfigError, RunConfig, validate
 from cluster.placement import Processes
-from cluster.pool import fetch
 from cluster.storage import content_key
 from learner.config import DataConfig, SFTConfig
 
@@ -64,6 +63,7 @@ def _train_start(sft: SFTConfig, *, learner: Processes, timeout_s: float) -> Non
     import ray
 
     from cluster.placement import ENVIRONMENT
+    from cluster.pool import fetch
 
     options: dict[str, Any] = {
         "num_cpus": learner.cpus,

@@ -49,7 +49,7 @@ def no_tokens(hidden: torch.Tensor, weight: torch.Tensor | None, bias: torch.Ten
 
 def _from_logits(logits: torch.Tensor, targets: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
     log_softmax = (_wide(logits) / temperature).log_softmax(-1)
-    return log_softmax.gather(-1, targets[:, None])[:, 0], -(log_softmax.exp() * log_softmax).sum(-1)
+    return log_softmax.gather(-1, targets[:, None])[:, 0], _entropy(log_softmax)
 
 
 class _HeadScores(torch.autograd.Function):
@@ -73,7 +73,7 @@ class _HeadScores(torch.autograd.Function):
         for part, target in zip(hidden.split(chunk_tokens), targets.split(chunk_tokens), strict=True):
             log_softmax = _log_softmax(part, weight, bias, temperature)
             logprobs.append(log_softmax.gather(-1, target[:, None])[:, 0])
-            entropies.append(-(log_softmax.exp() * log_softmax).sum(-1))
+            entropies.append(_entropy(log_softmax))
         entropy = torch.cat(entropies)
         ctx.save_for_backward(hidden, weight, bias, targets, entropy, log_softmax if keeps else None)
         return torch.cat(logprobs), entropy
@@ -88,8 +88,8 @@ class _HeadScores(torch.autograd.Function):
         for start in range(0, hidden.shape[0], ctx.chunk_tokens):
             chunk = slice(start, start + ctx.chunk_tokens)
             log_softmax = kept if kept is not None else _log_softmax(hidden[chunk], weight, bias, ctx.temperature)
-            grad_logits = _grad_logits(log_softmax, targets[chunk], entropy[chunk], [_part(g, chunk) for g in grads])
-            grad_logits /= ctx.temperature
+            parts = [None if grad is None else grad[chunk] / ctx.temperature for grad in grads]
+            grad_logits = _grad_logits(log_softmax, targets[chunk], entropy[chunk], parts)
             narrow = grad_logits.to(weight.dtype)
             if grad_hidden is not None:
                 grad_hidden[chunk] = narrow @ weight
@@ -104,14 +104,18 @@ class _HeadScores(torch.autograd.Function):
 def _grad_logits(
     log_softmax: torch.Tensor, targets: torch.Tensor, entropy: torch.Tensor, grads: list[torch.Tensor | None]
 ) -> torch.Tensor:
-    """Return the gradient of the scaled logits of one chunk, [s, V]; see the module's formulas."""
+    """Return the gradient of the scaled logits of one chunk, [s, V]; see the module's formulas.
+
+    p (-grad_H (log p + H) - grad_l), and grad_l more at the target; written with as few passes over [s, V] as possible.
+    """
     grad_logprobs, grad_entropy = grads
     probabilities = log_softmax.exp()
-    result = torch.zeros_like(probabilities)
-    if grad_entropy is not None:
-        result = -probabilities * (log_softmax + entropy[:, None]) * grad_entropy[:, None]
+    if grad_entropy is None:
+        result = probabilities.mul_(0.0 if grad_logprobs is None else -grad_logprobs[:, None])
+    else:
+        result = (log_softmax + entropy[:, None]).mul_(-grad_entropy[:, None])
+        result = (result if grad_logprobs is None else result.sub_(grad_logprobs[:, None])).mul_(probabilities)
     if grad_logprobs is not None:
-        result -= probabilities.mul_(grad_logprobs[:, None])
         result.scatter_add_(-1, targets[:, None], grad_logprobs[:, None])
     return result
 
@@ -122,10 +126,11 @@ def _log_softmax(
     return (_wide(F.linear(hidden, weight, bias)) / temperature).log_softmax(-1)
 
 
+def _entropy(log_softmax: torch.Tensor) -> torch.Tensor:
+    """Return -sum p log p of each row, without a second [s, V] product."""
+    return -torch.linalg.vecdot(log_softmax.exp(), log_softmax)
+
+
 def _wide(values: torch.Tensor) -> torch.Tensor:
     """Return float32, or float64 if that is what it is."""
     return values if values.dtype == torch.float64 else values.float()
-
-
-def _part(grad: torch.Tensor | None, chunk: slice) -> torch.Tensor | None:
-    return None if grad is None else grad[chunk]

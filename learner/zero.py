@@ -9,7 +9,6 @@ What differs from a plain use of DeepSpeed:
 * nothing is compiled at start: on a CPU, building DeepSpeed's operators takes a minute or more.
 """
 
-import atexit
 import contextlib
 import io
 import logging
@@ -27,6 +26,7 @@ from torch import nn
 
 from learner.config import OptimizerConfig
 from learner.optimizer import NonFiniteError, ParameterGroup, adamw_groups
+from learner.process_group import join_group
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -221,32 +221,6 @@ def deepspeed_config(config: OptimizerConfig, *, stage: int, dtype: torch.dtype)
     elif dtype != torch.float32:
         raise ValueError(f"dtype must be float32 or bfloat16 with DeepSpeed, got {dtype}")
     return settings
-
-
-def join_group(rank: int, world_size: int, device: torch.device) -> None:
-    """Join the process group of the learner's ranks, named by MASTER_ADDR and MASTER_PORT; alone, make one.
-
-    Raises:
-        RuntimeError: if this process already is in a group of another size, or as another rank.
-    """
-    for name, value in {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": 0}.items():
-        os.environ.setdefault(name, str(value))  # DeepSpeed reads them; without them it looks for MPI
-    if dist.is_initialized():
-        found = (dist.get_rank(), dist.get_world_size())
-        if found != (rank, world_size):
-            raise RuntimeError(f"this process must be rank {rank} of {world_size}, but its group says {found}")
-        return
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    if world_size == 1:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    else:
-        dist.init_process_group(backend, rank=rank, world_size=world_size)
-    atexit.register(_leave_group)
-
-
-def _leave_group() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def _load_deepspeed(device: torch.device) -> Any:

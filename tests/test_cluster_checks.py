@@ -3,13 +3,18 @@ import pytest
 from cluster.checks import check_run
 from cluster.config import ConfigError, RunConfig, validate
 
+_RULES = """
+def length(prompts, completions): return [0.0] * len(prompts)
+def write(directory, *, seed): pass
+"""
+
 
 @pytest.fixture
 def raw(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "hi"}\n')
-    (tmp_path / "rules_for_checks.py").write_text("def length(prompts, completions): return [0.0] * len(prompts)\n")
+    (tmp_path / "rules_for_checks.py").write_text(_RULES)
     return {
         "run": {"dir": "runs/x", "num_steps": 2},
         "policy": {"model": {"architecture": {"model_type": "gpt2"}, "tokenizer": {"characters": "ab"}}},
@@ -37,6 +42,14 @@ def test_a_good_configuration_passes(raw):
         ({"evaluation": {"prompts": {"path": "missing"}}}, "evaluation.prompts.path must be an existing"),
         ({"reward": {"components": {"rm": {"model": "missing_dir"}}}}, "reward.components.rm.model must be"),
         ({"reward": {"components": {"f": {"function": "a.b.c:d"}}}}, "reward.components.f.function must name"),
+        (
+            {"reward": {"components": {"f": {"function": "rules_for_checks:lenght"}}}},
+            "must name a function of rules_for_checks, and there is no 'lenght'; it has length",
+        ),
+        (
+            {"prompts": {"make": {"function": "rules_for_checks:write", "arguments": {"sed": 3}}}},
+            "prompts.make.arguments.sed is not an argument; write has seed",
+        ),
         ({"run": {"dir": "s3://bucket/x", "num_steps": 1}}, "run.dir must be a local path"),
         ({"run": {"dir": "prompts.jsonl", "num_steps": 1}}, "run.dir must be a directory"),
     ],

@@ -174,8 +174,9 @@ def test_good_responses_become_likelier_and_bad_ones_less_likely(toy):
     assert np.corrcoef(gains, batch.plan.scores)[0, 1] > 0.3
 
 
-def test_half_precision_recomputes_the_old_logprobs(toy):
-    config = learner_config(num_minibatches=1, epochs=1)
+@pytest.mark.parametrize("settings", [{}, {"backend": "zero", "zero_stage": 3}], ids=str)
+def test_half_precision_recomputes_the_old_logprobs(toy, settings):
+    config = learner_config(num_minibatches=1, epochs=1, **settings)
     batch = toy_batch(toy, config, step=1)
     metrics = learner_rank(toy, config, dtype="bfloat16").step(batch.tables, batch.plan)
     assert metrics["learner_logprob_gap"] > 1e-3  # bfloat16 is not what sampled

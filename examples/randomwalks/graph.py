@@ -13,6 +13,7 @@ Differs from trlx:
 import json
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -145,6 +146,6 @@ def _shortest(edges: np.ndarray) -> np.ndarray:
     return shortest
 
 
-def _write(path: str, rows: list[dict[str, str | int]]) -> None:
+def _write(path: str, rows: list[dict[str, Any]]) -> None:
     with open(path, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
