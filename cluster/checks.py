@@ -111,8 +111,8 @@ def _arguments(where: str, function: ast.FunctionDef, arguments: Mapping[str, An
     known = [argument.arg for argument in (*function.args.args, *function.args.kwonlyargs)]
     for name in arguments:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1) or known
-            yield f"{where.rpartition('.')[0]}.arguments.{name} is not an argument; {function.name} has {', '.join(near)}"
+            near = ", ".join(difflib.get_close_matches(name, known, n=1) or known)
+            yield f"{where.rpartition('.')[0]}.arguments.{name} is not an argument; {function.name} has {near}"
 
 
 def _bound_names(node: ast.stmt) -> Iterator[str]:

@@ -4,6 +4,7 @@ Rollout and reward workers are busy at the same time and share the cores; the le
 use all of them.  Busy torch threads never exceed cores: oversubscribed OpenMP barriers cost 4-25x.
 """
 
+import glob
 import logging
 import os
 from dataclasses import dataclass
@@ -19,6 +20,14 @@ ENVIRONMENT = {
     "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",  # weights are fetched on a thread of their own
 }
 """Of every worker process; must be set before torch is loaded."""
+
+CPU_ENVIRONMENT = ENVIRONMENT | {"DS_ACCELERATOR": "cpu"}
+"""Of processes without a GPU: DeepSpeed need not look for one."""
+
+
+def local_environment() -> dict[str, str]:
+    """Return the environment variables for training in this very process, before torch is loaded."""
+    return ENVIRONMENT if glob.glob("/dev/nvidia[0-9]*") else CPU_ENVIRONMENT
 
 
 class PlacementError(RuntimeError):
@@ -40,9 +49,20 @@ class Processes:
         """Return torch's device name for these processes."""
         return "cuda" if self.gpus else "cpu"
 
+    @property
+    def environment(self) -> dict[str, str]:
+        """Return the environment variables of these processes."""
+        return ENVIRONMENT if self.gpus else CPU_ENVIRONMENT
+
     def options(self) -> dict[str, Any]:
         """Return Ray actor options."""
-        return {"num_cpus": self.cpus, "num_gpus": self.gpus, "max_restarts": 0, "max_task_retries": 0}
+        return {
+            "num_cpus": self.cpus,
+            "num_gpus": self.gpus,
+            "max_restarts": 0,
+            "max_task_retries": 0,
+            "runtime_env": {"env_vars": self.environment},
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +115,6 @@ def join_cluster(config: RunConfig) -> int:
         ray.init(
             address=config.placement.address,
             namespace="concord",
-            runtime_env={"env_vars": ENVIRONMENT},
             log_to_driver=bool(os.environ.get("CONCORD_WORKER_LOGS")),
             logging_level=logging.WARNING,
         )

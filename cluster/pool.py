@@ -11,7 +11,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from ray.util.placement_group import remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from cluster.placement import ENVIRONMENT, PlacementError, Processes, place_gang
+from cluster.placement import PlacementError, Processes, place_gang
 
 
 class WorkerError(RuntimeError):
@@ -102,7 +102,7 @@ class Gang:
                 "MASTER_PORT": str(port),
             }
             options = processes.options() | {
-                "runtime_env": {"env_vars": ENVIRONMENT | variables},
+                "runtime_env": {"env_vars": processes.environment | variables},
                 "scheduling_strategy": self._strategy(rank),
             }
             self.ranks.append(actor_class.options(**options).remote(**arguments(rank)))

@@ -71,6 +71,7 @@ class Run:
         """Yield the steps that are left, the first one after the last checkpoint."""
         with self.display.training(self.step, self.config.run.num_steps):
             while self.step < self.config.run.num_steps:
+                self._step_started = time.perf_counter()
                 yield self.step + 1
 
     def take_batch(self, step: int) -> Batch:
@@ -122,7 +123,7 @@ class Run:
         metrics["tokens_per_s"] = metrics["num_tokens"] / metrics["step_s"]
         self.recorder.record(step, metrics)
         self.display.step({"step": step, **metrics}, self.config.run.num_steps)
-        self.step, self._step_started = step, time.perf_counter()
+        self.step = step
         return metrics
 
     def checkpoint_if_due(self, step: int) -> None:
@@ -136,7 +137,6 @@ class Run:
                 json.dump(state, file)
         self.storage.keep_checkpoints(self.config.run.keep_checkpoints)
         self.recorder.compact()
-        self._step_started = time.perf_counter()
 
     def finish(self) -> None:
         """Export the policy after the last step."""
@@ -170,7 +170,6 @@ class Run:
         self._exit.callback(self._close_records)
         self._resume()
         self.publish(self.step)
-        self._step_started = time.perf_counter()
 
     def _starting_model(self, placement: Placement) -> str:
         last = self._last_checkpoint()

@@ -62,14 +62,13 @@ def prepare_policy(config: RunConfig, *, learner: Processes) -> str:
 def _train_start(sft: SFTConfig, *, learner: Processes, timeout_s: float) -> None:
     import ray
 
-    from cluster.placement import ENVIRONMENT
     from cluster.pool import fetch
 
     options: dict[str, Any] = {
         "num_cpus": learner.cpus,
         "num_gpus": learner.gpus,
         "max_calls": 1,  # the process ends with the task and gives its memory back
-        "runtime_env": {"env_vars": ENVIRONMENT},
+        "runtime_env": {"env_vars": learner.environment},
     }
     task = ray.remote(**options)(_sft_task)
     fetch(task.remote(sft, learner.threads, cache_directory()), what="the supervised start", timeout_s=timeout_s)

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from actors.config import PolicyConfig
 from cluster.checks import check_data, check_policy
 from cluster.config import ConfigError
-from cluster.placement import ENVIRONMENT
+from cluster.placement import local_environment
 from cluster.start import cache_directory
 from learner.config import RewardModelConfig, SFTConfig, TrainingConfig
 
@@ -24,7 +24,7 @@ _CONSOLE = Console(highlight=False)
 def run_sft(config: SFTConfig) -> None:
     """Train, and say what was trained on and where the model is."""
     _refuse([*check_policy(config.policy), *check_data(config.data)])
-    os.environ.update(ENVIRONMENT)
+    os.environ.update(local_environment())
     from learner.sft import train
 
     with _bar("supervised training") as progress:
@@ -39,7 +39,7 @@ def run_sft(config: SFTConfig) -> None:
 def run_reward_model(config: RewardModelConfig) -> None:
     """Train, and say how well held-out judgements are predicted and where the model is."""
     _refuse([*check_policy(PolicyConfig(model=config.model), where="model"), *check_data(config.data)])
-    os.environ.update(ENVIRONMENT)
+    os.environ.update(local_environment())
     from learner.reward_modeling import train
 
     with _bar("reward model") as progress:

@@ -26,6 +26,13 @@ from learner.publisher import Publisher, export_policy
 _EMPTY = (PromptGroup(prompt_ids=[0], responses=[[0]]),)
 """What an empty micro-batch computes, with weight 0: sharded parameters are gathered by all ranks together."""
 
+MAX_LOGPROB_GAP = 1e-3
+"""Largest difference between recorded and recomputed float32 log-probs; rounding stays two orders below."""
+
+
+class MismatchError(RuntimeError):
+    """The engine's log-probs are not the learner's for the same weights and tokens."""
+
 
 class LearnerRank:
     """One process of the learner gang; every method is called on all ranks together, with the same arguments."""
@@ -76,6 +83,7 @@ class LearnerRank:
             Metrics, the same on all ranks; losses and fractions are means over the step's updates.
 
         Raises:
+            MismatchError: when the samples' recorded log-probs are not those of this policy.
             NonFiniteError: on all ranks; the update that met it was skipped, earlier ones of the step stay.
         """
         samples = read_samples(tables, plan)
@@ -83,6 +91,7 @@ class LearnerRank:
         targets, metrics = judge(samples, first_pass, plan, self._algorithm)
         batch = _Batch(plan=plan, samples=samples, targets=targets)
         meters = [self._update(update, batch, is_first=index == 0) for index, update in enumerate(plan.updates)]
+        self._check_gap(meters[0].gap, plan)
         return metrics | _summarise(meters, plan)
 
     def publish(self, version: int, incarnation: int) -> Publication | None:
@@ -178,6 +187,15 @@ class LearnerRank:
             comparable &= versions == self._version
         differences = (logprobs - torch.cat([sample.logprobs for sample in samples])).abs()
         return torch.where(comparable, differences, 0.0).max()
+
+    def _check_gap(self, gap: float, plan: StepPlan) -> None:
+        """Prove weight sync, masks and temperature at every step: in float32 both sides compute the same numbers."""
+        if self._records_are_old and gap > MAX_LOGPROB_GAP:
+            raise MismatchError(
+                f"recorded log-probs must equal the learner's within {MAX_LOGPROB_GAP:g}, got a difference of "
+                f"{gap:.3g} (step {plan.step}); the engine samples from other weights, or this architecture's attention is not "
+                "the same in engine and learner"
+            )
 
     def _row(self, microbatch: Microbatch, samples: Sequence[Sample], plan: StepPlan) -> GroupRow:
         groups = prompt_groups(microbatch, samples, plan) or _EMPTY

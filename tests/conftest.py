@@ -6,6 +6,7 @@ os.environ.setdefault("MKL_CBWR", "AVX2,STRICT")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["DS_ACCELERATOR"] = "cpu"
 
 import pytest
 
@@ -15,8 +16,6 @@ def ray_cluster():
     """One local Ray cluster for all tests that need real actors: starting it takes seconds."""
     import ray
 
-    from cluster.placement import ENVIRONMENT
-
-    ray.init(num_cpus=2, namespace="concord", runtime_env={"env_vars": ENVIRONMENT}, include_dashboard=False)
+    ray.init(num_cpus=2, namespace="concord", include_dashboard=False)
     yield ray
     ray.shutdown()

@@ -11,7 +11,7 @@ import torch
 from actors.scoring import reference_logprobs
 from learner.config import AlgorithmConfig, KLConfig, LoraConfig, OptimizerConfig
 from learner.experience import FirstPass, judge, read_samples
-from learner.learner import LearnerRank
+from learner.learner import LearnerRank, MismatchError
 from learner.optimizer import NonFiniteError
 from tests.learner_pair import VARIANTS, WORLD_SIZE, Pair, pair_results
 from tests.learner_toys import TEMPERATURE, ToyBatch, learner_config, learner_rank, parameters, toy_batch
@@ -142,7 +142,8 @@ def test_the_gap_counts_only_tokens_of_the_published_version(toy):
     batch = toy_batch(toy, config, step=1)  # recorded as version 0
     learner.step(batch.tables, batch.plan)
     learner.publish(version=0, incarnation=0)  # claims that these weights sampled the batch
-    assert learner.step(batch.tables, batch.plan)["learner_logprob_gap"] > 1e-3
+    with pytest.raises(MismatchError, match=r"recorded log-probs must equal the learner's within 0\.001"):
+        learner.step(batch.tables, batch.plan)
     learner.publish(version=1, incarnation=0)
     assert learner.step(batch.tables, batch.plan)["learner_logprob_gap"] == 0.0
 

@@ -11,7 +11,6 @@ from itertools import pairwise
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 NUM_RESAMPLES = 10_000
 
@@ -57,7 +56,7 @@ def outcome(run_dir: str) -> Outcome:
         num_prompts=len(set(before["prompt_id"].to_pylist())),
         sentiment=_both(tables, lambda table: _component(table, "sentiment").mean()),
         gain=_gain(before, after),
-        vader=_both(tables, lambda table: _vader(table).mean()),
+        vader=_both(tables, lambda table: _component(table, "vader").mean()),
         ended=_both(tables, lambda table: np.mean([reason == "eos" for reason in table["finish_reason"].to_pylist()])),
         topic=_both(tables, lambda table: _component(table, "topic").mean()),
         length=_both(tables, lambda table: np.mean([len(ids) for ids in table["response_ids"].to_pylist()])),
@@ -96,11 +95,6 @@ def _both(tables: tuple[pa.Table, pa.Table], measure: object) -> tuple[float, fl
 
 def _component(table: pa.Table, name: str) -> np.ndarray:
     return np.array([dict(components)[name] for components in table["components"].to_pylist()])
-
-
-def _vader(table: pa.Table) -> np.ndarray:
-    analyzer = SentimentIntensityAnalyzer()
-    return np.array([analyzer.polarity_scores(text)["compound"] for text in table["response_text"].to_pylist()])
 
 
 def _distinct_2(table: pa.Table) -> float:
