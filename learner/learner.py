@@ -190,11 +190,11 @@ class LearnerRank:
 
     def _check_gap(self, gap: float, plan: StepPlan) -> None:
         """Prove weight sync, masks and temperature at every step: in float32 both sides compute the same numbers."""
-        if self._records_are_old and gap > MAX_LOGPROB_GAP:
+        if self._records_are_old and self._version is not None and gap > MAX_LOGPROB_GAP:
             raise MismatchError(
                 f"recorded log-probs must equal the learner's within {MAX_LOGPROB_GAP:g}, got a difference of "
-                f"{gap:.3g} (step {plan.step}); the engine samples from other weights, or this architecture's attention is not "
-                "the same in engine and learner"
+                f"{gap:.3g} (step {plan.step}); the engine samples from other weights, or this architecture's attention "
+                "is not the same in engine and learner"
             )
 
     def _row(self, microbatch: Microbatch, samples: Sequence[Sample], plan: StepPlan) -> GroupRow:
