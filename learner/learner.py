@@ -193,8 +193,7 @@ class LearnerRank:
         if self._records_are_old and self._version is not None and gap > MAX_LOGPROB_GAP:
             raise MismatchError(
                 f"recorded log-probs must equal the learner's within {MAX_LOGPROB_GAP:g}, got a difference of "
-                f"{gap:.3g} (step {plan.step}); the engine samples from other weights, or this architecture's attention "
-                "is not the same in engine and learner"
+                f"{gap:.3g} (step {plan.step}); the engine samples from other weights, or attends in another way"
             )
 
     def _row(self, microbatch: Microbatch, samples: Sequence[Sample], plan: StepPlan) -> GroupRow:
