@@ -181,10 +181,17 @@ def open_dataset(path: str | None, make: "FunctionConfig | None", *, cache_dir: 
     return Dataset(build_once(f"{cache_dir}/data-{key}", lambda directory: function(directory, **make.arguments)))
 
 
-def describe(rows: Sequence[Quarantined], num_rows: int, *, shown: int = 5) -> str:
-    """Return one text that counts quarantined rows and lists the first ones."""
-    more = f"\n... and {len(rows) - shown} more" if len(rows) > shown else ""
-    return f"{len(rows)} of {num_rows} rows are malformed:\n" + "\n".join(map(str, rows[:shown])) + more
+def describe(rows: Sequence[Quarantined], num_rows: int, *, num_malformed: int, shown: int = 5) -> str:
+    """Return one text that counts quarantined rows and lists the first ones.
+
+    Args:
+        rows: The quarantined rows, or the first of them.
+        num_rows: Rows of the data set.
+        num_malformed: Quarantined rows, those not in `rows` included.
+        shown: How many to list.
+    """
+    more = f"\n... and {num_malformed - shown} more" if num_malformed > shown else ""
+    return f"{num_malformed} of {num_rows} rows are malformed:\n" + "\n".join(map(str, rows[:shown])) + more
 
 
 def _shown(path: str, root: str, file: str) -> str:

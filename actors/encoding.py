@@ -9,6 +9,7 @@ import json
 import re
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 Message = dict[str, str]
@@ -152,9 +153,12 @@ class PromptEncoder:
             raise ValueError(
                 "chat messages need a tokenizer with a chat template, and this has none; use plain prompts"
             )
-        rendered = self.tokenizer.apply_chat_template(
-            stand_ins, tokenize=False, add_generation_prompt=generation_prompt
-        )
+        try:
+            rendered = self.tokenizer.apply_chat_template(
+                stand_ins, tokenize=False, add_generation_prompt=generation_prompt
+            )
+        except TemplateError as error:  # what a template's own raise_exception(...) raises
+            raise ValueError(f"the chat template refuses these messages: {error}") from error
         assert isinstance(rendered, str), "a chat template rendered without tokenizing must be text"
         return rendered
 

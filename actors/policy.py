@@ -34,6 +34,7 @@ __all__ = [
     "load_tokenizer",
     "local_directory",
     "materialize",
+    "max_positions",
     "resolve_dtype",
     "without_dropout",
 ]
@@ -76,6 +77,15 @@ def materialize(config: "PolicyConfig", *, seed: int, cache_dir: str) -> str:
             f"{num_tokens} tokens ({directory}); use the tokenizer that belongs to the model"
         )
     return directory
+
+
+def max_positions(directory: str, *, trust_remote_code: bool = False) -> int | None:
+    """Return how many tokens, prompt and response together, the model in `directory` has positions for.
+
+    None if its configuration sets no limit.
+    """
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code, local_files_only=True)
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def local_directory(model: str, *, what: str) -> str:

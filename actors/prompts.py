@@ -21,6 +21,7 @@ import pyarrow as pa
 from actors.dataset import Quarantined, RawRow, describe, open_dataset
 from actors.encoding import PromptEncoder
 from actors.prompt_row import parse_row
+from actors.quarantine import Quarantine
 
 if TYPE_CHECKING:
     from actors.config import PromptsConfig
@@ -39,8 +40,8 @@ class DrawnPrompt:
 class PromptSource:
     """Draws prompts for ever, epoch after epoch, leaving malformed rows out.
 
-    `quarantined` are the malformed rows that this object has met; `num_quarantined` counts each row once, however
-    many epochs or resumes have met it.
+    `quarantined` are the malformed rows met, the first ones if they are many; `num_quarantined` counts each row once,
+    however many epochs or resumes have met it.
     """
 
     def __init__(self, config: "PromptsConfig", encoder: PromptEncoder, *, seed: int, cache_dir: str) -> None:
@@ -49,7 +50,7 @@ class PromptSource:
         self._seed = seed % 2**63
         self._dataset = open_dataset(config.path, config.make, cache_dir=cache_dir)
         self._repeats = _Repeats(self._dataset, self._dataset.num_rows)
-        self._bad: dict[int, Quarantined] = {}
+        self._quarantine = Quarantine(self._dataset.num_rows)
         self._identity = [self._dataset.fingerprint, self._seed, config.shuffle, config.shuffle_window]
         self._rewind(epoch=0, row=0)
         self._num_good = 0
@@ -64,13 +65,13 @@ class PromptSource:
 
     @property
     def quarantined(self) -> list[Quarantined]:
-        """Malformed rows met so far, in file order."""
-        return [self._bad[ordinal] for ordinal in sorted(self._bad)]
+        """Malformed rows met so far, in file order, at most `quarantine.MAX_KEPT` of them."""
+        return self._quarantine.rows
 
     @property
     def num_quarantined(self) -> int:
         """How many rows have been found malformed, each counted once."""
-        return max(self._num_counted, len(self._bad))
+        return max(self._num_counted, len(self._quarantine))
 
     @property
     def position(self) -> dict[str, Any]:
@@ -80,6 +81,7 @@ class PromptSource:
             "row": self._row,
             "num_good": self._num_good,
             "num_quarantined": self._num_counted,
+            "quarantined": self._quarantine.record(),
             "source": self._identity,
         }
 
@@ -97,6 +99,7 @@ class PromptSource:
         self._rewind(epoch=position["epoch"], row=position["row"])
         self._num_good = position["num_good"]
         self._num_counted = position["num_quarantined"]
+        self._quarantine.restore(position["quarantined"])
 
     def draw(self, n: int) -> list[DrawnPrompt]:
         """Return the next `n` prompts, going on to the next epoch where one ends.
@@ -120,9 +123,16 @@ class PromptSource:
         return drawn
 
     def first(self, n: int) -> list[DrawnPrompt]:
-        """Return the first `n` good prompts in file order, fewer if there are no more; the position stays."""
+        """Return the first `n` good prompts in file order, fewer if there are no more; the next draw stays the same.
+
+        Raises:
+            ValueError: if there is no good row.
+        """
         good = (table for row in self._dataset if (table := self._prompt(row)) is not None)
-        return [_drawn(0, table) for table in islice(good, n)]
+        prompts = [_drawn(0, table) for table in islice(good, n)]
+        if n > 0 and not prompts:
+            raise ValueError(self._nothing_good())
+        return prompts
 
     def scan(self) -> None:
         """Validate every row.
@@ -132,14 +142,14 @@ class PromptSource:
         """
         for row in self._dataset:
             self._prompt(row)
-        if self._bad:
-            raise ValueError(describe(self.quarantined, self.num_rows) + "\nmend them, or set strict to false")
+        if self.num_quarantined:
+            raise ValueError(f"{self._malformed()}\nmend them, or set strict to false")
 
     def _prompt(self, row: RawRow) -> pa.Table | None:
         try:
             return self._validate(row)
         except ValueError as error:
-            self._bad[row.ordinal] = Quarantined(file=row.file, line=row.line, reason=str(error))
+            self._quarantine.add(row, str(error))
             return None
 
     def _validate(self, row: RawRow) -> pa.Table:
@@ -159,11 +169,15 @@ class PromptSource:
 
     def _finish_epoch(self) -> None:
         if self._num_good == 0:
-            raise ValueError(
-                f"{self._dataset.path} must hold at least one good prompt; {describe(self.quarantined, self.num_rows)}"
-            )
+            raise ValueError(self._nothing_good())
         self._rewind(epoch=self._epoch + 1, row=0)
         self._num_good = 0
+
+    def _nothing_good(self) -> str:
+        return f"{self._dataset.path} must hold at least one good prompt; {self._malformed()}"
+
+    def _malformed(self) -> str:
+        return describe(self.quarantined, self.num_rows, num_malformed=self.num_quarantined)
 
     def _ordered(self, epoch: int, start: int) -> Iterator[RawRow]:
         """Yield the rows of an epoch from row `start` of its order on."""

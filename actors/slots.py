@@ -151,7 +151,7 @@ class Decode:
         return output.reshape(rows, heads, 1, output.shape[-1])
 
     def _lines_of(self, stored: Tensor) -> Tensor:
-        """Return where the new token's lines stand in a layer's memory, [B * kv heads], e.g. all heads of row 0 first."""
+        """Return where the new token's lines stand in a layer's memory, [B * kv heads]: all heads of row 0 first."""
         heads, max_len = stored.shape[1:3]
         if heads not in self._lines:  # the same for every layer with as many heads
             line = torch.arange(len(self._positions) * heads, device=stored.device) * max_len

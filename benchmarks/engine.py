@@ -32,8 +32,8 @@ from actors.sampling import group_seed
 from actors.torch_engine import TorchEngine
 
 NUM_PROMPTS, NUM_SAMPLES, MEAN_LENGTH, MAX_LENGTH = 16, 4, 50.0, 128
-SIGMA = 0.75
-"""Spread of the lognormal lengths: a few in a hundred reach the cap."""
+SIGMA = 0.9
+"""Spread of the lognormal lengths: about five of the 64 reach the cap."""
 
 _TOPICS = (
     "a heist", "a lonely robot", "two sisters", "the last whale", "a haunted hotel", "a jazz pianist", "a road trip",

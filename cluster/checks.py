@@ -30,9 +30,11 @@ def check_run(config: RunConfig) -> None:
     ]
     if config.evaluation.prompts:
         problems += check_data(config.evaluation.prompts, where="evaluation.prompts")
+    sft = start_config(config)
+    if sft is not None:
+        problems += check_data(sft.data, where="policy.start, data")
     if problems:
         raise ConfigError("\n".join(problems))
-    start_config(config)
 
 
 def check_model(where: str, model: str) -> list[str]:
@@ -77,8 +79,9 @@ def check_data(data: PromptsConfig | DataConfig, *, where: str = "data") -> Iter
 def _reward(config: RunConfig) -> Iterator[str]:
     for name, component in config.reward.components.items():
         where = f"reward.components.{name}"
-        if component.model:
-            yield from check_model(f"{where}.model", component.model)
+        models = [*([component.model] if component.model else []), *component.ensemble]
+        for model in models:
+            yield from check_model(f"{where}.model", model)
         if component.function:
             yield from _function(f"{where}.function", component.function, component.arguments)
 
@@ -95,12 +98,16 @@ def _function(where: str, path: str, arguments: Mapping[str, Any]) -> Iterator[s
         return
     if found.origin is None or not found.origin.endswith(".py"):
         return
-    with open(found.origin, encoding="utf-8") as file:
-        tree = ast.parse(file.read())
+    try:
+        with open(found.origin, encoding="utf-8") as file:
+            tree = ast.parse(file.read())
+    except SyntaxError as error:
+        yield f"{where} must name a module that Python can read, and {found.origin}:{error.lineno} has: {error.msg}"
+        return
     functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
     if name in functions:
         yield from _arguments(where, functions[name], arguments)
-    elif name not in {target for node in tree.body for target in _bound_names(node)}:
+    elif not _binds(tree, name):
         near = difflib.get_close_matches(name, functions, n=1) or sorted(functions)
         yield f"{where} must name a function of {module}, and there is no {name!r}; it has {', '.join(near) or 'none'}"
 
@@ -115,10 +122,15 @@ def _arguments(where: str, function: ast.FunctionDef, arguments: Mapping[str, An
             yield f"{where.rpartition('.')[0]}.arguments.{name} is not an argument; {function.name} has {near}"
 
 
-def _bound_names(node: ast.stmt) -> Iterator[str]:
-    """Yield names that a module's statement binds: what is imported or assigned may be a function too."""
-    if isinstance(node, (ast.Import, ast.ImportFrom)):
-        yield from (alias.asname or alias.name for alias in node.names)
-    yield from (
-        child.id for child in ast.walk(node) if isinstance(child, ast.Name) and isinstance(child.ctx, ast.Store)
-    )
+def _binds(tree: ast.Module, name: str) -> bool:
+    """Return whether a module may bind a name in another way than by a plain function: import, class, `if`, ..."""
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = {bound for alias in node.names for bound in (alias.asname, alias.name)}
+        elif isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            names = {node.name}
+        else:
+            names = {node.id} if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) else set()
+        if names & {name, "*"}:
+            return True
+    return False

@@ -49,10 +49,10 @@ def evaluate(config: ConfigPath, overrides: Overrides = None) -> None:
     run_config = _run_config(config, overrides)
     if run_config.evaluation.prompts is None:
         raise ConfigError("evaluation.prompts must be set to evaluate; name held-out prompts")
-    from cluster.run import Run
+    from cluster.session import Session
 
-    with Run(run_config) as run:
-        metrics = run.evaluate(run.step)
+    with Session(run_config) as session:
+        _, metrics = session.answer_held_out(session.step)
     for name, value in sorted(metrics.items()):
         print(f"{name:32} {value:.4f}")
 

@@ -86,6 +86,12 @@ class RunConfig(Config):
                 f"learner.num_minibatches must be at most rollouts.prompts_per_step, got {minibatches} > {prompts}; "
                 "a minibatch holds whole groups"
             )
+        placement = self.placement
+        if self.policy.dtype == "auto" and bool(placement.rollout_gpus) != bool(placement.learner_gpus):
+            raise ValueError(
+                "policy.dtype must be named when only one of placement.rollout_gpus and placement.learner_gpus is set: "
+                "auto would be bfloat16 on one side and float32 on the other"
+            )
         return self
 
 
@@ -98,26 +104,36 @@ def load(config_type: type[ConfigType], path: str, overrides: Sequence[str] = ()
     Raises:
         ConfigError: naming each wrong key or value by full path, with the rule and the nearest right key.
     """
+    for override in overrides:
+        if "=" not in override:
+            raise ConfigError(f"an override must look like section.field=value, got {override!r}")
+    return validate(config_type, read_yaml(path, list(overrides)), where=path)
+
+
+def read_yaml(path: str, changes: list[str] | dict[str, Any]) -> dict[str, Any]:
+    """Return a YAML file's sections with changes (dotted, or nested like it) merged in and references resolved.
+
+    Raises:
+        ConfigError: when it is no such file.
+    """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
     if not os.path.isfile(path):
         raise ConfigError(f"{path} must be a YAML file, and there is none; name an existing configuration")
-    for override in overrides:
-        if "=" not in override:
-            raise ConfigError(f"an override must look like section.field=value, got {override!r}")
     try:
         loaded = OmegaConf.load(path)
         if not OmegaConf.is_dict(loaded):
             raise ConfigError(f"{path} must hold sections (key: value), got {type(loaded).__name__}")
-        merged = OmegaConf.merge(loaded, OmegaConf.from_dotlist(list(overrides)))
-        raw: Any = OmegaConf.to_container(merged, resolve=True)
-    except YAMLError as error:
+        merged = OmegaConf.from_dotlist(changes) if isinstance(changes, list) else OmegaConf.create(changes)
+        raw: Any = OmegaConf.to_container(OmegaConf.merge(loaded, merged), resolve=True)
+    except (YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} must be YAML: {error}") from error
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {error}") from error
-    return validate(config_type, raw, where=path)
+    sections: dict[str, Any] = raw
+    return sections
 
 
 def validate(config_type: type[ConfigType], raw: Any, where: str) -> ConfigType:

@@ -4,6 +4,7 @@ Journal (`metrics.jsonl`), table (`metrics.parquet`), TensorBoard, and Ray's met
 """
 
 import json
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,15 +22,30 @@ _JOURNAL = "metrics.jsonl"
 _TABLE = "metrics.parquet"
 
 
+def read_journal(storage: RunStorage) -> list[dict[str, Any]]:
+    """Return the rows of a run's journal; a last line that a crash tore is left out."""
+    lines = storage.read_text(_JOURNAL).splitlines() if storage.exists(_JOURNAL) else []
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number < len(lines):
+                raise
+    return rows
+
+
 class Recorder:
     """Owns a run's metric rows: one a step, and one for step 0 that holds the evaluation before training."""
 
-    def __init__(self, storage: RunStorage) -> None:
+    def __init__(self, storage: RunStorage, *, last_step: int) -> None:
+        """Take back the rows up to `last_step`, a checkpoint's, and forget what came after it."""
         from torch.utils.tensorboard import SummaryWriter
 
         self._storage = storage
-        self._rows: list[dict[str, Any]] = []
-        self._board = SummaryWriter(storage.path("tensorboard", "."))
+        self._rows = [row for row in read_journal(storage) if row["step"] <= last_step]
+        storage.write_text("".join(json.dumps(row) + "\n" for row in self._rows), _JOURNAL)
+        self._board = SummaryWriter(storage.path("tensorboard", "."), purge_step=last_step + 1)
         self._gauges: dict[str, Any] = {}
 
     @property
@@ -37,18 +53,14 @@ class Recorder:
         """Return all rows so far, in step order."""
         return self._rows
 
-    def resume(self, last_step: int) -> None:
-        """Take back the rows up to a checkpoint's step and forget what came after it."""
-        lines = self._storage.read_text(_JOURNAL).splitlines() if self._storage.exists(_JOURNAL) else []
-        self._rows = [row for row in map(json.loads, lines) if row["step"] <= last_step]
-        self._storage.write_text("".join(json.dumps(row) + "\n" for row in self._rows), _JOURNAL)
-
     def record(self, step: int, values: Mapping[str, float]) -> None:
         """Append one row."""
         row = {"step": step, **values}
         self._rows.append(row)
         with open(self._storage.path(_JOURNAL), "a", encoding="utf-8") as journal:
             journal.write(json.dumps(row) + "\n")
+            journal.flush()
+            os.fsync(journal.fileno())
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
             self._gauge(name).set(value)

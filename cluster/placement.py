@@ -80,16 +80,24 @@ class Placement:
         return (self.rollout, self.reward, self.learner)
 
 
-def plan_placement(config: RunConfig, *, cores: int | None = None) -> Placement:
-    """Share the cores among the run's processes; `cores` defaults to this machine's."""
+def plan_placement(config: RunConfig, *, cores: int | None = None, node_cores: int | None = None) -> Placement:
+    """Share the cores among the run's processes.
+
+    Args:
+        config: the run.
+        cores: of the whole cluster; this machine's by default.
+        node_cores: of the smallest node, more threads than which no process has; all cores by default.
+    """
     cores = cores or os.cpu_count() or 1
+    node_cores = node_cores or cores
     placement, learner_count = config.placement, config.learner.num_ranks
     rollout_count, reward_count = config.rollouts.num_workers, config.reward.num_workers
     # One logical CPU each where there are enough; otherwise the stages, which take turns, share what there is.
     cpus = min(1.0, cores * 100 // (rollout_count + reward_count + learner_count) / 100)
-    reward_threads = placement.reward_threads or max(1, cores // 4 // reward_count)
-    rollout_threads = placement.rollout_threads or max(1, (cores - reward_threads * reward_count) // rollout_count)
-    learner_threads = placement.learner_threads or max(1, cores // learner_count)
+    reward_threads = placement.reward_threads or min(node_cores, max(1, cores // 4 // reward_count))
+    rollout_share = max(1, (cores - reward_threads * reward_count) // rollout_count)
+    rollout_threads = placement.rollout_threads or min(node_cores, rollout_share)
+    learner_threads = placement.learner_threads or min(node_cores, max(1, cores // learner_count))
     return Placement(
         cores=cores,
         rollout=Processes(
@@ -104,8 +112,8 @@ def plan_placement(config: RunConfig, *, cores: int | None = None) -> Placement:
     )
 
 
-def join_cluster(config: RunConfig) -> int:
-    """Join the configured Ray cluster, or start a local one; return its number of CPUs.
+def join_cluster(config: RunConfig) -> tuple[int, int]:
+    """Join the configured Ray cluster, or start a local one; return its CPUs and those of its smallest node.
 
     Ray's token authentication is left on, and a local dashboard listens on the loopback interface only.
     """
@@ -118,7 +126,8 @@ def join_cluster(config: RunConfig) -> int:
             log_to_driver=bool(os.environ.get("CONCORD_WORKER_LOGS")),
             logging_level=logging.WARNING,
         )
-    return int(ray.cluster_resources().get("CPU", 1))
+    nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    return max(1, sum(nodes)), min((count for count in nodes if count), default=1)
 
 
 def place_gang(processes: Processes, *, timeout_s: float) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 from ray.util.placement_group import remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -18,8 +18,8 @@ class WorkerError(RuntimeError):
     """A worker process failed, died or missed its deadline; the message names it and what it was doing."""
 
 
-def fetch(references: Any, *, what: str, timeout_s: float) -> Any:
-    """Return the values behind references.
+def fetch(references: Any, *, what: str, timeout_s: float | None) -> Any:
+    """Return the values behind references; without a deadline where `timeout_s` is None.
 
     Raises:
         WorkerError: naming `what`, when the call failed, its process died or the deadline passed.
@@ -34,6 +34,8 @@ def fetch(references: Any, *, what: str, timeout_s: float) -> Any:
         raise WorkerError(
             f"{what} must finish within {timeout_s:g} s and did not; raise pipeline.timeout_s if it is just slow"
         ) from error
+    except RayError as error:
+        raise WorkerError(f"{what} failed: {type(error).__name__}: {error}") from error
 
 
 class WorkerPool:
@@ -55,12 +57,13 @@ class WorkerPool:
         """
         waiting = [worker.ping.remote() for worker in self.workers]
         ready, late = ray.wait(waiting, num_returns=len(waiting), timeout=timeout_s)
+        fetch(ready, what=f"starting the {self.role} workers", timeout_s=timeout_s)  # a failure explains the late ones
         if late:
             raise PlacementError(
                 f"{len(late)} of {len(waiting)} {self.role} workers must be ready within {timeout_s:g} s and are not; "
-                f"the cluster has {ray.available_resources()} free of {ray.cluster_resources()}"
+                f"the cluster has {ray.available_resources()} free of {ray.cluster_resources()}; add nodes or raise "
+                "placement.ready_timeout_s"
             )
-        fetch(ready, what=f"starting the {self.role} workers", timeout_s=timeout_s)
 
     def take(self) -> int:
         """Return the index of the worker to call next, and count the call."""
@@ -90,7 +93,11 @@ class Gang:
         ready_timeout_s: float,
     ) -> None:
         self._placement_group = place_gang(processes, timeout_s=ready_timeout_s)
-        address, port = self._rendezvous()
+        try:
+            address, port = self._rendezvous()
+        except BaseException:
+            remove_placement_group(self._placement_group)
+            raise
         actor_class: Any = ray.remote(rank_class)
         self.ranks: list[Any] = []
         for rank in range(processes.count):

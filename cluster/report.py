@@ -17,6 +17,7 @@ import pyarrow as pa
 import yaml
 
 from cluster.charts import Chart, Columns, charts_of, draw
+from cluster.metrics import read_journal
 from cluster.samples import render_samples
 from cluster.storage import RunStorage
 
@@ -56,7 +57,7 @@ def _read_metrics(storage: RunStorage) -> dict[str, np.ndarray]:
     if storage.exists("metrics.parquet"):
         table = storage.read_table("metrics.parquet")
     elif storage.exists("metrics.jsonl"):
-        rows = [json.loads(line) for line in storage.read_text("metrics.jsonl").splitlines()]
+        rows = read_journal(storage)
         names = {name for row in rows for name in row}
         table = pa.table({name: [row.get(name) for row in rows] for name in sorted(names)})
     else:

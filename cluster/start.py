@@ -1,15 +1,14 @@
 """The policy a run starts from: a given model, random weights, or a supervised start, trained once and cached."""
 
 import hashlib
-import importlib
 import inspect
 import os
-import sys
 from typing import Any
 
-from cluster.config import ConfigError, RunConfig, validate
+from actors.cache import content_hash
+from actors.plugins import import_function
+from cluster.config import ConfigError, RunConfig, read_yaml, validate
 from cluster.placement import Processes
-from cluster.storage import content_key
 from learner.config import DataConfig, SFTConfig
 
 
@@ -29,16 +28,14 @@ def start_config(config: RunConfig) -> SFTConfig | None:
     start = config.policy.start
     if start is None:
         return None
-    from omegaconf import OmegaConf
-
     if not os.path.isfile(start.config):
-        raise ConfigError(
-            f"policy.start.config must be a YAML file, got {start.config!r}; paths start at the working directory"
-        )
+        raise ConfigError(f"policy.start.config must be a YAML file, got {start.config!r}; check the working directory")
     model = config.policy.model if isinstance(config.policy.model, str) else config.policy.model.model_dump()
-    merged = OmegaConf.merge(OmegaConf.load(start.config), OmegaConf.create(start.set))
-    raw: Any = OmegaConf.to_container(merged, resolve=True)
-    raw["policy"] = {**raw.get("policy", {}), "model": model}
+    raw = read_yaml(start.config, start.set)
+    policy = raw.get("policy") or {}
+    if not isinstance(policy, dict):
+        raise ConfigError(f"{start.config} (policy.start): policy must hold settings, got {policy!r}")
+    raw["policy"] = {**policy, "model": model}
     return validate(SFTConfig, raw, where=f"{start.config} (policy.start)")
 
 
@@ -51,15 +48,15 @@ def prepare_policy(config: RunConfig, *, learner: Processes) -> str:
     if sft is None:
         return materialize(config.policy, seed=config.run.seed, cache_dir=cache)
     output = os.path.join(
-        cache, "sft", content_key(sft.model_dump(mode="json", exclude={"output"}), _content(sft.data))
+        cache, "sft", content_hash(sft.model_dump(mode="json", exclude={"output"}), _content(sft.data))
     )
     if os.path.isfile(os.path.join(output, "config.json")):
         return output
-    _train_start(sft.model_copy(update={"output": output}), learner=learner, timeout_s=config.pipeline.timeout_s)
+    _train_start(sft.model_copy(update={"output": output}), learner=learner)
     return output
 
 
-def _train_start(sft: SFTConfig, *, learner: Processes, timeout_s: float) -> None:
+def _train_start(sft: SFTConfig, *, learner: Processes) -> None:
     import ray
 
     from cluster.pool import fetch
@@ -67,11 +64,12 @@ def _train_start(sft: SFTConfig, *, learner: Processes, timeout_s: float) -> Non
     options: dict[str, Any] = {
         "num_cpus": learner.cpus,
         "num_gpus": learner.gpus,
+        "max_retries": 0,
         "max_calls": 1,  # the process ends with the task and gives its memory back
         "runtime_env": {"env_vars": learner.environment},
     }
     task = ray.remote(**options)(_sft_task)
-    fetch(task.remote(sft, learner.threads, cache_directory()), what="the supervised start", timeout_s=timeout_s)
+    fetch(task.remote(sft, learner.threads, cache_directory()), what="the supervised start", timeout_s=None)
 
 
 def _sft_task(sft: SFTConfig, num_threads: int, cache_dir: str) -> None:
@@ -92,10 +90,9 @@ def _content(data: DataConfig) -> str:
 
 def _files(data: DataConfig) -> list[str]:
     if data.make is not None:
-        sys.path[:0] = [os.getcwd()] if os.getcwd() not in sys.path else []
-        module = importlib.import_module(data.make.function.partition(":")[0])
-        return [inspect.getfile(module)]
+        function = import_function(data.make.function)
+        return [inspect.getfile(function)]
     path = data.path or ""
     if os.path.isdir(path):
-        return sorted(os.path.join(path, name) for name in os.listdir(path))
+        return sorted(os.path.join(root, name) for root, _, names in os.walk(path) for name in names)
     return [path] if os.path.isfile(path) else []

@@ -79,11 +79,6 @@ class StepPlan:
         """Position in `scores` of each group's sample 0."""
         return tuple(int(end) - size for end, size in zip(np.cumsum(self.group_sizes), self.group_sizes, strict=True))
 
-    @property
-    def learning_rates(self) -> tuple[float, ...]:
-        """One per update."""
-        return tuple(update.learning_rate for update in self.updates)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepContext:

@@ -1,10 +1,12 @@
 """Configuration of the learner's room: optimizer, algorithm, supervised and reward-model training."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from actors.config import Config, FunctionConfig, PolicyConfig, Strings
+
+_DecayRate = Annotated[float, Field(ge=0, lt=1)]
 
 
 class LoraConfig(Config):
@@ -27,8 +29,8 @@ class OptimizerConfig(Config):
     """After the warm-up: constant, or decaying to 0 at the end of the run."""
     warmup_steps: int = Field(default=0, ge=0)
     """Updates of linear warm-up; update k of w runs at (k+1)/w of the peak, so none has rate 0."""
-    betas: tuple[float, float] = Field(default=(0.9, 0.95), strict=False)
-    """Adam's decay rates."""
+    betas: tuple[_DecayRate, _DecayRate] = Field(default=(0.9, 0.95), strict=False)
+    """Adam's decay rates, each in [0, 1)."""
     eps: float = Field(default=1e-8, gt=0)
     """Adam's epsilon."""
     weight_decay: float = Field(default=0.0, ge=0)
@@ -87,6 +89,11 @@ class KLConfig(Config):
         adaptive = self.controller == "adaptive"
         if adaptive != (self.target is not None) or adaptive != (self.horizon is not None):
             raise ValueError("`target` and `horizon` must both be set with controller adaptive, and only then")
+        if adaptive and self.coef == 0:
+            raise ValueError(
+                f"coef must be greater than 0 with controller adaptive, got {self.coef}, which no factor would change; "
+                "give its first value or set controller fixed"
+            )
         return self
 
 

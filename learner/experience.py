@@ -91,14 +91,16 @@ def read_samples(tables: Sequence[pa.Table], plan: StepPlan) -> list[Sample]:
 
 def sample_indices(microbatch: Microbatch, plan: StepPlan) -> list[int]:
     """Return where a micro-batch's samples stand in the plan's order, in the order of its row's responses."""
-    return [plan.offsets[piece.group] + sample for piece in microbatch for sample in piece.samples]
+    offsets = plan.offsets  # computed anew at each access
+    return [offsets[piece.group] + sample for piece in microbatch for sample in piece.samples]
 
 
 def prompt_groups(microbatch: Microbatch, samples: Sequence[Sample], plan: StepPlan) -> list[PromptGroup]:
     """Return a micro-batch's pieces as prompts with responses."""
+    offsets = plan.offsets
     groups = []
     for piece in microbatch:
-        members = [samples[plan.offsets[piece.group] + index] for index in piece.samples]
+        members = [samples[offsets[piece.group] + index] for index in piece.samples]
         responses = [member.response_ids for member in members]
         groups.append(PromptGroup(prompt_ids=members[0].prompt_ids, responses=responses))
     return groups

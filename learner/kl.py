@@ -79,7 +79,7 @@ class FixedKL:
 class AdaptiveKL:
     """Moves the weight in proportion to how far the measured KL is from its target.
 
-    e = clip(KL / target - 1, -0.2, 0.2);  coef <- coef (1 + e n / horizon).
+    e = clip(KL / target - 1, -0.2, 0.2);  coef <- coef (1 + e n / horizon), positive as long as 0.2 n < horizon.
 
     Source:
         Ziegler et al. 2019 (1909.08593), section 2.2.
@@ -94,8 +94,18 @@ class AdaptiveKL:
         return self._coef
 
     def update(self, mean_kl: float, num_sequences: int) -> None:
-        """Move the weight; see the class."""
+        """Move the weight; see the class.
+
+        Raises:
+            ValueError: if the step has so many sequences that the weight could become 0 or negative.
+        """
         _check_measurement(mean_kl, num_sequences)
+        if _MAX_ERROR * num_sequences >= self._horizon:
+            raise ValueError(
+                f"algorithm.kl.horizon must be more than {_MAX_ERROR} times the sequences of a step, got "
+                f"{self._horizon} with {num_sequences} sequences per step; set it to some 20 times them, "
+                f"{20 * num_sequences}"
+            )
         error = min(max(mean_kl / self._target - 1.0, -_MAX_ERROR), _MAX_ERROR)
         self._coef *= 1.0 + error * num_sequences / self._horizon
 

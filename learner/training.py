@@ -68,10 +68,11 @@ def read_examples(
             examples.append(parse(row))
         except ValueError as error:
             bad.append(Quarantined(file=row.file, line=row.line, reason=str(error)))
+    malformed = describe(bad, dataset.num_rows, num_malformed=len(bad))
     if not examples:
-        raise ValueError(f"{dataset.path} must hold at least one good row; {describe(bad, dataset.num_rows)}")
+        raise ValueError(f"{dataset.path} must hold at least one good row; {malformed}")
     if strict and bad:
-        raise ValueError(describe(bad, dataset.num_rows) + "\nmend them, or set data.strict to false")
+        raise ValueError(f"{malformed}\nmend them, or set data.strict to false")
     return examples, bad
 
 

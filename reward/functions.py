@@ -51,8 +51,8 @@ class RewardFunction:
         """Return the function's score of each response to one prompt.
 
         Raises:
-            RewardError: if it cannot be called with the columns there are, or returns anything but one finite number or
-                None for each response.
+            RewardError: if it cannot be called with the columns there are, raises anything, or returns anything but one
+                finite number or None for each response.
         """
         columns = {key: [value] * len(responses) for key, value in extras.items() if key not in RESERVED}
         columns["completion_ids"] = [list(ids) for ids in response_ids]
@@ -70,8 +70,8 @@ class RewardFunction:
         try:
             scores = self._function(**call)
         except Exception as error:
-            error.add_note(f"in reward component {self._name!r}, prompt {prompt_id!r}")
-            raise
+            problem = f"its function must not raise, got {type(error).__name__}: {error}; mend the function or the data"
+            raise RewardError(self._name, prompt_id, problem) from error
         return self._checked(prompt_id, scores, len(responses))
 
     def _checked(self, prompt_id: str, scores: Any, wanted: int) -> list[float | None]:

@@ -19,6 +19,7 @@ from actors.policy import (
     load_model,
     load_tokenizer,
     materialize,
+    max_positions,
     resolve_dtype,
 )
 
@@ -129,6 +130,17 @@ def test_a_template_that_drops_a_message_is_an_error():
         PromptEncoder(tokenizer).encode([{"role": "system", "content": "s"}, *user("hi")])
 
 
+def test_a_template_that_refuses_its_messages_is_a_value_error():
+    tokenizer = chat_tokenizer(
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    )
+    messages = [{"role": "system", "content": "s"}, *user("hi")]
+    with pytest.raises(ValueError, match="the chat template refuses these messages: no system role"):
+        PromptEncoder(tokenizer).encode(messages)
+    with pytest.raises(ValueError, match="refuses these messages"):
+        PromptEncoder(tokenizer).encode_conversation([*messages, {"role": "assistant", "content": "a"}])
+
+
 def test_conversation_begins_with_the_ids_of_the_prompt():
     tokenizer = chat_tokenizer()
     encoder = PromptEncoder(tokenizer)
@@ -198,6 +210,12 @@ def test_vocabulary_sizes_must_agree(tmp_path):
         json.dump({**config, "vocab_size": 5}, file)
     with pytest.raises(ValueError, match="vocab_size 5 and a tokenizer with 6"):
         materialize(PolicyConfig(model=directory), seed=0, cache_dir=str(tmp_path))
+
+
+def test_positions_of_a_model(tmp_path):
+    assert max_positions(materialize(gpt2(), seed=0, cache_dir=str(tmp_path / "cache"))) == 32
+    AutoConfig.for_model("bloom").save_pretrained(tmp_path)
+    assert max_positions(str(tmp_path)) is None
 
 
 def test_dropout_is_off_and_capped_attention_is_eager(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from actors import dataset
+from actors import dataset, quarantine
 from actors.architecture import character_tokenizer
 from actors.config import FunctionConfig, PromptsConfig
 from actors.encoding import PromptEncoder
@@ -112,15 +112,18 @@ def test_an_epoch_without_a_good_row_is_an_error(tmp_path):
     path = write(tmp_path / "p.jsonl", [line for line, _ in MALFORMED.values()])
     with pytest.raises(ValueError, match=rf"at least one good prompt; {len(MALFORMED)} of {len(MALFORMED)} rows"):
         source(path).draw(1)
+    with pytest.raises(
+        ValueError, match=r"p.jsonl must hold at least one good prompt; (.|\n)*p.jsonl:1: prompt must be"
+    ):
+        source(path).first(1)
 
 
-def test_first_is_in_file_order_and_leaves_the_position(tmp_path):
+def test_first_is_in_file_order_and_leaves_the_order_of_draws(tmp_path):
     path = write(tmp_path / "p.jsonl", [good(0), b"{", *map(good, range(1, 9))])
     prompts = source(path)
-    position = prompts.position
     assert names(prompts.first(3)) == [(0, "0"), (0, "1"), (0, "2")]
     assert len(prompts.first(99)) == 9
-    assert prompts.position == position
+    assert names(prompts.draw(20)) == names(source(path).draw(20))
     assert prompts.num_quarantined == 1
 
 
@@ -161,7 +164,8 @@ def test_parquet_messages_may_have_null_keys(tmp_path):
     with pytest.raises(ValueError, match="chat template"):
         ENCODER.encode([{"role": "user", "content": "q"}])
     prompts = source(str(tmp_path / "p.parquet"))
-    assert prompts.first(2) == []
+    with pytest.raises(ValueError, match="2 of 2 rows are malformed"):
+        prompts.first(2)
     reasons = [row.reason for row in prompts.quarantined]
     assert "chat template" in reasons[0], "a null key is no key, so only this tokenizer's missing template is wrong"
     assert "exactly `role` and `content`" in reasons[1]
@@ -255,26 +259,54 @@ LINES = st.lists(
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(lines=LINES, window=st.integers(1, 7), shuffle=st.booleans())
-def test_every_row_is_accepted_or_quarantined_and_every_position_resumes(tmp_path, lines, window, shuffle):
+@given(lines=LINES, window=st.integers(1, 7), shuffle=st.booleans(), max_kept=st.sampled_from([2, 1000]))
+def test_every_row_is_accepted_or_quarantined_and_every_position_resumes(
+    tmp_path, monkeypatch, lines, window, shuffle, max_kept
+):
+    monkeypatch.setattr(quarantine, "MAX_KEPT", max_kept)
     path = write(tmp_path / "p.jsonl", [*lines, good(99)])
     options = {"shuffle": shuffle, "shuffle_window": window}
     prompts = source(path, **options)
-    num_good = len(prompts.first(99))
+    num_good = len(source(path, **options).first(99))
     total = 2 * num_good + 1
     straight, positions = [], []
     for _ in range(total):
         positions.append(json.loads(json.dumps(prompts.position)))
         straight += prompts.draw(1)
+    positions.append(prompts.position)
     assert num_good + prompts.num_quarantined == len(lines) + 1
+    assert len(prompts.quarantined) == min(max_kept, prompts.num_quarantined)
     assert [prompt.epoch for prompt in straight] == [0] * num_good + [1] * num_good + [2]
-    for done, position in enumerate(positions):
+    for done, position in enumerate(positions[:-1]):
         resumed = source(path, **options)
         resumed.seek(position)
-        again = resumed.draw(total - done)
+        assert resumed.num_quarantined == position["num_quarantined"]
+        again = []
+        for later in positions[done:-1]:
+            assert resumed.position == later, "quarantined rows included"
+            again += resumed.draw(1)
         assert names(again) == names(straight[done:])
         assert [prompt.table for prompt in again] == [prompt.table for prompt in straight[done:]]
+        assert resumed.position == positions[-1]
+        assert resumed.quarantined == prompts.quarantined
         assert resumed.num_quarantined == prompts.num_quarantined, "each malformed row counted once across a resume"
+
+
+def test_a_resumed_source_names_the_rows_met_before(tmp_path, monkeypatch):
+    path = write(tmp_path / "p.jsonl", [b"{", good(0), b"[]", good(1), b"3", good(2)])
+    prompts = source(path, shuffle=False)
+    prompts.draw(3)
+    resumed = source(path, shuffle=False)
+    resumed.seek(json.loads(json.dumps(prompts.position)))
+    assert [(row.file, row.line) for row in resumed.quarantined] == [(path, 1), (path, 3), (path, 5)]
+    assert resumed.quarantined == prompts.quarantined
+    assert resumed.num_quarantined == 3
+    resumed.draw(9)
+    assert (len(resumed.quarantined), resumed.num_quarantined) == (3, 3), "met again, not counted again"
+
+    monkeypatch.setattr(quarantine, "MAX_KEPT", 2)
+    with pytest.raises(ValueError, match=r"3 of 6 rows are malformed:\n.*p.jsonl:1: .*\n.*p.jsonl:3: "):
+        source(path, strict=True)
 
 
 def test_a_position_of_other_data_is_refused(tmp_path):

@@ -49,3 +49,8 @@ def test_two_cores():
 def test_named_threads_win():
     placement = plan_placement(_config(placement={"learner_threads": 1, "rollout_threads": 3}), cores=2)
     assert (placement.rollout.threads, placement.learner.threads) == (3, 1)
+
+
+def test_no_process_has_more_threads_than_its_node():
+    placement = plan_placement(_config(), cores=64, node_cores=4)
+    assert [role.threads for role in placement.all] == [4, 4, 4]

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from actors.schema import check
 from cluster.config import ConfigError, RunConfig, to_yaml, validate
 from cluster.loop import train, train_step
+from cluster.pool import WorkerError
 from cluster.run import Run
 from reward.schema import SCORED
 
@@ -124,8 +125,24 @@ def test_stopped_and_continued_equals_uninterrupted_to_the_bit(straight, ray_clu
 
 
 def test_another_configuration_on_the_same_directory_is_refused(straight, data):
-    with pytest.raises(ConfigError, match="holds a run with another configuration"):
+    with pytest.raises(ConfigError, match=r"another configuration \(algorithm.kl.coef 0.01 -> 0.5\)"):
         Run(_config(straight, data, algorithm={"kl": {"coef": 0.5}}))
+
+
+def test_two_ranks_and_two_workers_learn_the_same_and_a_dead_worker_is_named(straight, ray_cluster, data):
+    config = _config(straight.parent / "two", data, learner={"num_ranks": 2}, evaluation={"prompts": None})
+    config = config.model_copy(update={"rollouts": config.rollouts.model_copy(update={"num_workers": 2})})
+    with Run(config) as run:
+        steps = run.steps()
+        metrics = train_step(run, next(steps))
+        expected = _metrics(straight)[1]
+        assert metrics["score_mean"] == expected["score_mean"], "which worker samples does not matter"
+        assert metrics["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+        ray_cluster.kill(run.pipeline._rollouts.workers[1])
+        started = time.monotonic()
+        with pytest.raises(WorkerError, match=r"rollout of group 0/p\d failed because its process died"):
+            train_step(run, 2)
+        assert time.monotonic() - started < 20
 
 
 def test_interrupt_leaves_no_process_and_a_readable_directory(data, tmp_path):

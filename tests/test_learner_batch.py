@@ -201,7 +201,9 @@ def test_learning_rates_follow_the_update_over_the_whole_run() -> None:
     optimizer = OptimizerConfig(learning_rate=1.0, schedule="linear")
     config = learner(optimizer=optimizer, epochs=2, num_minibatches=2)
     rates = [
-        rate for step in (1, 2) for rate in plan(SIX, config, replace(CONTEXT, step=step, num_steps=2)).learning_rates
+        update.learning_rate
+        for step in (1, 2)
+        for update in plan(SIX, config, replace(CONTEXT, step=step, num_steps=2)).updates
     ]
     assert rates == pytest.approx([1 - k / 8 for k in range(8)])
 

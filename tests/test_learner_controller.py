@@ -105,7 +105,7 @@ def test_the_plan_carries_scores_coefficient_and_learning_rates() -> None:
     plan = one.plan(1, table)
     assert plan.step == 1
     assert plan.kl_coef == 0.15
-    assert plan.learning_rates == (1e-5,) * 4
+    assert [update.learning_rate for update in plan.updates] == [1e-5] * 4
     accuracy = np.array([dict(row)["accuracy"] for row in table["components"].to_pylist()])
     style = np.array([0.0, 0.5, 0.5, 0.5] * 4)
     expected = (accuracy - accuracy.mean()) / accuracy.std() + style - np.array([0.0, 0.0, 1.0, 0.0] * 4)

@@ -114,6 +114,20 @@ def test_the_fixed_controller_stays_and_both_refuse_a_nan() -> None:
             one.update(float("nan"), 4)
 
 
+def test_the_adaptive_weight_stays_positive() -> None:
+    with pytest.raises(ValueError, match=r"coef must be greater than 0 with controller adaptive, got 0.0"):
+        KLConfig(coef=0.0, controller="adaptive", target=6.0, horizon=1000)
+    assert KLConfig(coef=0.0).coef == 0.0
+    controller = AdaptiveKL(0.1, target=6.0, horizon=100)
+    controller.update(0.0, 499)
+    assert 0.0 < controller.coef < 0.1
+    before = controller.coef
+    for num_sequences in (500, 512):
+        with pytest.raises(ValueError, match=rf"horizon must be more than 0.2 times .*, got 100 with {num_sequences}"):
+            controller.update(0.0, num_sequences)
+    assert controller.coef == before
+
+
 def test_state_goes_through_json_exactly() -> None:
     config = KLConfig(coef=0.15, controller="adaptive", target=6.0, horizon=777)
     one, other = make_kl_controller(config), make_kl_controller(config)

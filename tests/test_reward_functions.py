@@ -81,9 +81,12 @@ def test_a_missing_column_and_a_failing_function_name_component_and_prompt():
     def fails(prompts, completions, **columns):
         raise KeyError("oops")
 
-    with pytest.raises(KeyError) as caught:
+    with pytest.raises(
+        RewardError, match=r"component 'rule', prompt 'p1': .* must not raise, got KeyError: 'oops'"
+    ) as c:
         score(reward(fails))
-    assert caught.value.__notes__ == ["in reward component 'rule', prompt 'p1'"]
+    assert isinstance(c.value.__cause__, KeyError)
+    assert str(pickle.loads(pickle.dumps(c.value))) == str(c.value), "Ray sends it to another process"
 
 
 def test_import_path_must_exist():
