@@ -86,6 +86,12 @@ class RunConfig(Config):
                 f"learner.num_minibatches must be at most rollouts.prompts_per_step, got {minibatches} > {prompts}; "
                 "a minibatch holds whole groups"
             )
+        sequences, horizon = prompts * self.rollouts.samples_per_prompt, self.algorithm.kl.horizon
+        if horizon is not None and 0.2 * sequences >= horizon:
+            raise ValueError(
+                f"algorithm.kl.horizon must be above a fifth of the {sequences} sequences per step, got {horizon}; "
+                "the coefficient could become negative in one step"
+            )
         placement = self.placement
         if self.policy.dtype == "auto" and bool(placement.rollout_gpus) != bool(placement.learner_gpus):
             raise ValueError(

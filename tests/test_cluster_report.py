@@ -42,7 +42,7 @@ def _config(directory, hostile):
         "run": {"dir": str(directory), "num_steps": NUM_STEPS},
         "policy": {"model": hostile or "models/smollm2"},
         "prompts": {"path": "prompts.jsonl"},
-        "reward": {"components": {hostile or "sentiment": judge, "topic": judge}},
+        "reward": {"components": {"sentiment": judge, "topic": judge}},
     }
     return validate(RunConfig, raw, where="test")
 
