@@ -9,6 +9,11 @@ from collections.abc import Callable
 from typing import Any
 
 
+def cache_directory() -> str:
+    """Return where models, data sets and trained starts are kept: $CONCORD_CACHE or ~/.cache/concord."""
+    return os.path.abspath(os.environ.get("CONCORD_CACHE") or os.path.expanduser("~/.cache/concord"))
+
+
 def content_hash(*parts: Any) -> str:
     """Return 20 hex digits that identify JSON-able `parts`, independent of the order of keys."""
     text = json.dumps(parts, sort_keys=True, ensure_ascii=True)

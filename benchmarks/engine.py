@@ -139,7 +139,8 @@ def _encode(tokenizer: PreTrainedTokenizerBase, topic: str) -> list[int]:
 
 
 def _demo_model() -> str:
-    from examples.movie_reviews.assets import cache_directory, smollm2
+    from actors.cache import cache_directory
+    from examples.movie_reviews.assets import smollm2
 
     directory: str = smollm2(cache_directory())
     return directory

@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 
+from actors.cache import cache_directory
 from actors.policy import PromptEncoder, load_tokenizer, max_positions
 from actors.prompts import DrawnPrompt, PromptSource
 from actors.rollout_worker import RolloutWorker
@@ -19,7 +20,7 @@ from cluster.pipeline import Batch, Pipeline
 from cluster.placement import Placement, join_cluster, plan_placement
 from cluster.pool import WorkerPool, fetch
 from cluster.progress import Display
-from cluster.start import cache_directory, prepare_policy
+from cluster.start import prepare_policy
 from cluster.storage import RunStorage
 from cluster.transport import ObjectStoreTransport
 from reward.config import ComponentConfig, RewardConfig

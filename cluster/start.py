@@ -5,16 +5,11 @@ import inspect
 import os
 from typing import Any
 
-from actors.cache import content_hash
+from actors.cache import cache_directory, content_hash
 from actors.plugins import import_function
 from cluster.config import ConfigError, RunConfig, read_yaml, validate
 from cluster.placement import Processes
 from learner.config import DataConfig, SFTConfig
-
-
-def cache_directory() -> str:
-    """Return where trained starts and written data sets are kept: $CONCORD_CACHE or ~/.cache/concord."""
-    return os.path.abspath(os.environ.get("CONCORD_CACHE") or os.path.expanduser("~/.cache/concord"))
 
 
 def start_config(config: RunConfig) -> SFTConfig | None:

