@@ -78,7 +78,12 @@ def test_one_flipped_bit_is_named_and_the_version_stays():
 
 @pytest.mark.parametrize(
     ("damage", "named"),
-    [("missing", "lm_head|embed|layers|norm"), ("unknown", "stranger"), ("shape", r"must be float32 \(61, 32\), got"), ("dtype", "bfloat16")],
+    [
+        ("missing", "lm_head|embed|layers|norm"),
+        ("unknown", "stranger"),
+        ("shape", r"must be float32 \(61, 32\), got"),
+        ("dtype", "bfloat16"),
+    ],
 )
 def test_what_does_not_fit_is_named_before_a_weight_changes(damage, named):
     engine, model = _engine(), _other_model()
