@@ -11,7 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 class Config(BaseModel):
     """Base of every section: frozen, no unknown keys, no silent conversions."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 Strings = Annotated[tuple[str, ...], Field(strict=False)]
@@ -72,8 +74,8 @@ class PromptsConfig(Config):
     """A JSONL or Parquet file, or a directory of either; a path or an fsspec URL."""
     make: FunctionConfig | None = None
     """A function `f(directory, **arguments)` that writes such files; run once and cached by content."""
-    max_prompt_tokens: int = Field(default=512, ge=1)
-    """Longer prompts are quarantined, tokens."""
+    max_prompt_tokens: int | None = Field(default=None, ge=1)
+    """Longer prompts are quarantined, tokens; null = what the policy's positions leave beside a response."""
     strict: bool = False
     """Scan all rows first and make a malformed one an error, instead of quarantining it when drawn."""
     shuffle: bool = True

@@ -100,6 +100,11 @@ class EngineThread:
         """The engine's policy version."""
         return self._engine.version
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether it takes no more commands."""
+        return self._closed.is_set()
+
     async def ask(self, command: Command) -> Any:
         """Queue a command and wait for its answer."""
         loop = asyncio.get_running_loop()

@@ -10,6 +10,7 @@ and after every resume.  Rows without an id are named by a hash of their content
 second on.
 """
 
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -159,8 +160,9 @@ class PromptSource:
             first = self._dataset.place(repeat.first)
             raise ValueError(f"prompt_id must be unique, got {parts.prompt_id!r} again, after {first}")
         ids = self._encoder.encode(parts.prompt)
-        if not 0 < len(ids) <= self._config.max_prompt_tokens:
-            raise ValueError(f"prompt must have 1 to {self._config.max_prompt_tokens} tokens, got {len(ids)}")
+        longest = self._config.max_prompt_tokens or sys.maxsize
+        if not 0 < len(ids) <= longest:
+            raise ValueError(f"prompt must have 1 to {longest} tokens, got {len(ids)}")
         return parts.table(ids, occurrence=repeat.occurrence if repeat else 0)
 
     def _rewind(self, *, epoch: int, row: int) -> None:

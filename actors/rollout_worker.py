@@ -112,6 +112,7 @@ class RolloutWorker:
 
         Raises:
             WeightError: if what came is not what was announced or expected.
+            RolloutError: if it could not be fetched.
         """
         start = time.perf_counter()
         # Buffers are fetched while the engine still decodes.
@@ -130,11 +131,16 @@ class RolloutWorker:
         return {**counters, **extra}
 
     async def close(self) -> None:
-        """End the engine thread; calls still waiting fail."""
-        await self._thread.ask(Close())
+        """End the engine thread; calls still waiting fail.  A second call does nothing."""
+        if not self._thread.is_closed:
+            await self._thread.ask(Close())
 
     def _fetch(self, publication: Publication) -> Publication:
-        buckets = [replace(bucket, handle=self._transport.get(bucket.handle)) for bucket in publication.buckets]
+        try:
+            buckets = [replace(bucket, handle=self._transport.get(bucket.handle)) for bucket in publication.buckets]
+        except Exception as error:  # whatever a transport raises; its own kinds need not survive the way back
+            what = f"version {publication.version} could not be fetched"
+            raise RolloutError(f"{what}: {type(error).__name__}: {error}; publish it again") from error
         return replace(publication, buckets=tuple(buckets))
 
     def _rollouts(self, prompt: pa.Table, lease: Lease, completions: list[Completion]) -> pa.Table:

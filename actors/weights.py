@@ -127,9 +127,7 @@ def unpack_bucket(buffer: np.ndarray, entries: Sequence[TensorEntry]) -> list[tu
                 f"the bytes of tensor {entry.name!r} must have fingerprint {entry.fingerprint:08x}, got {found:08x}; "
                 "publish the version again"
             )
-        # torch warns about read-only memory such as an object store's, so that is copied.
-        tensor = torch.from_numpy(raw if raw.flags.writeable else raw.copy())
-        named.append((entry.name, tensor.view(_torch_dtype(entry)).reshape(entry.shape)))
+        named.append((entry.name, _bytes_tensor(raw).view(_torch_dtype(entry)).reshape(entry.shape)))
     return named
 
 
@@ -238,6 +236,15 @@ def _layout(sizes: Sequence[int]) -> tuple[list[int], int]:
         offsets.append(end)
         end += -(-size // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
     return offsets, end
+
+
+def _bytes_tensor(raw: np.ndarray) -> Tensor:
+    if raw.flags.writeable:
+        return torch.from_numpy(raw)
+    # torch warns about read-only memory such as an object store's, so that is copied.
+    copied = torch.empty(raw.size, dtype=torch.uint8)
+    copied.numpy()[:] = raw
+    return copied
 
 
 def _num_bytes(entry: TensorEntry) -> int:

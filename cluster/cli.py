@@ -4,13 +4,13 @@ Configurations are checked before anything heavy is imported, so a mistake is re
 """
 
 import os
-import signal
 import sys
 from typing import Annotated, NoReturn
 
 import typer
 
 from cluster.config import ConfigError, RunConfig, load
+from cluster.placement import interrupt_on_sigterm
 from learner.config import RewardModelConfig, SFTConfig
 
 app = typer.Typer(
@@ -109,7 +109,7 @@ def export(
 
 def main() -> None:
     """Run the command line; a mistake of the user's is one message and exit status 2, a failed run status 1."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    interrupt_on_sigterm()
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # reward functions and data writers are named by import path
     try:
@@ -136,15 +136,10 @@ def _must_be_run(directory: str) -> None:
         raise ConfigError(f"RUN_DIR must be the directory of a run, and {directory!r} holds no config.yaml")
 
 
-def _interrupt(signum: int, frame: object) -> NoReturn:
-    raise KeyboardInterrupt
-
-
 def _describe(error: Exception) -> tuple[str, int]:
-    import click
-
-    if isinstance(error, click.ClickException):
-        return error.format_message(), 2
+    usage = getattr(error, "format_message", None)  # typer's usage errors; it carries its own copy of click
+    if usage is not None:
+        return usage(), 2
     if isinstance(error, (ValueError, RuntimeError, OSError)) and not os.environ.get("CONCORD_TRACEBACK"):
         return f"{type(error).__name__}: {error}\n(CONCORD_TRACEBACK=1 shows where)", 1
     raise error

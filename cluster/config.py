@@ -22,7 +22,7 @@ class ConfigError(ValueError):
 class RunSection(Config):
     """Identity and length of the run."""
 
-    dir: str
+    dir: str = Field(min_length=1)
     """Run directory; absolute inside a Ray job, whose working directory is temporary."""
     seed: int = 0
     """Every random number of the run follows from it."""
@@ -133,11 +133,13 @@ def read_yaml(path: str, changes: list[str] | dict[str, Any]) -> dict[str, Any]:
         if not OmegaConf.is_dict(loaded):
             raise ConfigError(f"{path} must hold sections (key: value), got {type(loaded).__name__}")
         merged = OmegaConf.from_dotlist(changes) if isinstance(changes, list) else OmegaConf.create(changes)
-        raw: Any = OmegaConf.to_container(OmegaConf.merge(loaded, merged), resolve=True)
+        raw: Any = OmegaConf.to_container(OmegaConf.merge(loaded, merged), resolve=True, throw_on_missing=True)
     except (YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} must be YAML: {error}") from error
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{path}: {error}") from error
+        raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from error
+    except TypeError as error:
+        raise ConfigError(f"{path}: a section must stay a section, and a change puts a list or value there") from error
     sections: dict[str, Any] = raw
     return sections
 
@@ -153,7 +155,10 @@ def validate(config_type: type[ConfigType], raw: Any, where: str) -> ConfigType:
     try:
         return config_type.model_validate(raw)
     except ValidationError as error:
-        lines = [_explain(config_type, details) for details in error.errors()]
+        details = error.errors()
+        # Of a setting that is a name or a section, only the part that was meant is explained.
+        meant = [d for d in details if not (d["loc"][-1] == "str" and isinstance(d["input"], dict))]
+        lines = [_explain(config_type, d) for d in meant or details]
         raise ConfigError(f"{where}: " + "\n".join(lines)) from error
 
 

@@ -23,6 +23,8 @@ def export_policy(run_dir: str, output: str) -> str:
     checkpoint = storage.read_checkpoint(steps[-1])
     with open(os.path.join(checkpoint, "run.json"), encoding="utf-8") as file:
         model_dir = json.load(file)["model_dir"]
+    if not os.path.isdir(model_dir):
+        model_dir = _architecture(config, model_dir)
     from actors.weights import InProcessTransport
     from learner.learner import LearnerRank
 
@@ -44,3 +46,13 @@ def export_policy(run_dir: str, output: str) -> str:
     rank.export_policy(output)
     rank.close()
     return os.path.abspath(output)
+
+
+def _architecture(config: RunConfig, missing: str) -> str:
+    """Return a model directory in place of one that is gone; the checkpoint holds every weight that was trained."""
+    if config.learner.lora is not None:
+        raise ConfigError(f"{missing} must be there to export adapters, which change its weights; train it again")
+    from actors.cache import cache_directory
+    from actors.policy import materialize
+
+    return materialize(config.policy, seed=config.run.seed, cache_dir=cache_directory())

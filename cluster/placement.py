@@ -7,8 +7,10 @@ use all of them.  Busy torch threads never exceed cores: oversubscribed OpenMP b
 import glob
 import logging
 import os
+import signal
+import threading
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from cluster.config import RunConfig
 
@@ -126,8 +128,19 @@ def join_cluster(config: RunConfig) -> tuple[int, int]:
             log_to_driver=bool(os.environ.get("CONCORD_WORKER_LOGS")),
             logging_level=logging.WARNING,
         )
+        interrupt_on_sigterm()  # Ray has put a handler of its own there
     nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
     return max(1, sum(nodes)), min((count for count in nodes if count), default=1)
+
+
+def interrupt_on_sigterm() -> None:
+    """Make a request to end (a preemption, a stopped job) what Ctrl-C is: processes end, records are closed."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _interrupt)
+
+
+def _interrupt(signum: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt
 
 
 def place_gang(processes: Processes, *, timeout_s: float) -> Any:

@@ -29,13 +29,20 @@ def fetch(references: Any, *, what: str, timeout_s: float | None) -> Any:
     except RayTaskError as error:
         raise WorkerError(f"{what} failed: {type(error.cause).__name__}: {error.cause}") from error
     except RayActorError as error:
-        raise WorkerError(f"{what} failed because its process died: {error}") from error
+        raise WorkerError(f"{what} failed because its process died: {_essence(error)}") from error
     except GetTimeoutError as error:
         raise WorkerError(
             f"{what} must finish within {timeout_s:g} s and did not; raise pipeline.timeout_s if it is just slow"
         ) from error
     except RayError as error:
         raise WorkerError(f"{what} failed: {type(error).__name__}: {error}") from error
+
+
+def _essence(error: RayActorError) -> str:
+    """Return the line that says what happened: the last one of a traceback, the first one otherwise."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    is_traceback = any(line.startswith(('File "', "Traceback")) for line in lines)
+    return lines[-1 if is_traceback else 0] if lines else type(error).__name__
 
 
 class WorkerPool:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import time
 from contextlib import ExitStack
 from typing import Any
@@ -10,6 +11,7 @@ import pyarrow as pa
 import ray
 
 from actors.cache import cache_directory
+from actors.config import PromptsConfig
 from actors.policy import PromptEncoder, load_tokenizer, max_positions
 from actors.prompts import DrawnPrompt, PromptSource
 from actors.rollout_worker import RolloutWorker
@@ -94,7 +96,6 @@ class Session:
             placement = plan_placement(config, cores=cores, node_cores=node_cores)
         with self.display.phase("preparing the policy"):
             self._model_dir = self._starting_model(placement)
-        self._check_lengths()
         prompts = self._read_prompts()
         with self.display.phase("starting workers"):
             self._start_processes(placement, prompts)
@@ -111,24 +112,26 @@ class Session:
                 return directory
         return prepare_policy(self.config, learner=placement.learner)
 
-    def _check_lengths(self) -> None:
+    def _fitting(self, prompts: PromptsConfig, where: str) -> PromptsConfig:
+        """Return the section with a limit under which every prompt and its response fit the policy's positions."""
         config = self.config
-        positions = max_positions(self._model_dir, trust_remote_code=config.policy.trust_remote_code)
-        for name, prompts in (("prompts", config.prompts), ("evaluation.prompts", config.evaluation.prompts)):
-            longest = (prompts.max_prompt_tokens if prompts else 0) + config.rollouts.max_new_tokens
-            if positions is not None and longest > positions:
-                raise ConfigError(
-                    f"{name}.max_prompt_tokens + rollouts.max_new_tokens must be at most {positions}, the policy's "
-                    f"positions, got {longest}; lower one of them"
-                )
+        positions = max_positions(self._model_dir, trust_remote_code=config.policy.trust_remote_code) or sys.maxsize
+        room = positions - config.rollouts.max_new_tokens
+        if room < 1 or (prompts.max_prompt_tokens or 1) > room:
+            raise ConfigError(
+                f"{where}.max_prompt_tokens + rollouts.max_new_tokens must be at most {positions}, the policy's "
+                f"positions, got {prompts.max_prompt_tokens or 1} + {config.rollouts.max_new_tokens}; lower one of them"
+            )
+        return prompts.model_copy(update={"max_prompt_tokens": prompts.max_prompt_tokens or room})
 
     def _read_prompts(self) -> PromptSource:
         config, cache = self.config, cache_directory()
         encoder = PromptEncoder(load_tokenizer(self._model_dir, trust_remote_code=config.policy.trust_remote_code))
-        prompts = PromptSource(config.prompts, encoder, seed=config.run.seed, cache_dir=cache)
+        prompts = PromptSource(self._fitting(config.prompts, "prompts"), encoder, seed=config.run.seed, cache_dir=cache)
         self._sources, self.held_out = [prompts], []
         if config.evaluation.prompts is not None:
-            held_out = PromptSource(config.evaluation.prompts, encoder, seed=config.run.seed, cache_dir=cache)
+            section = self._fitting(config.evaluation.prompts, "evaluation.prompts")
+            held_out = PromptSource(section, encoder, seed=config.run.seed, cache_dir=cache)
             self._sources.append(held_out)
             self.held_out = held_out.first(config.evaluation.num_prompts)
             if len(self.held_out) < config.evaluation.num_prompts:

@@ -23,7 +23,7 @@ _CONSOLE = Console(highlight=False)
 
 def run_sft(config: SFTConfig) -> None:
     """Train, and say what was trained on and where the model is."""
-    _refuse([*check_policy(config.policy), *check_data(config.data)])
+    _refuse([*check_policy(config.policy), *check_data(config.data), *_output(config.output)])
     os.environ.update(local_environment())
     from learner.sft import train
 
@@ -38,7 +38,13 @@ def run_sft(config: SFTConfig) -> None:
 
 def run_reward_model(config: RewardModelConfig) -> None:
     """Train, and say how well held-out judgements are predicted and where the model is."""
-    _refuse([*check_policy(PolicyConfig(model=config.model), where="model"), *check_data(config.data)])
+    _refuse(
+        [
+            *check_policy(PolicyConfig(model=config.model), where="model"),
+            *check_data(config.data),
+            *_output(config.output),
+        ]
+    )
     os.environ.update(local_environment())
     from learner.reward_modeling import train
 
@@ -67,6 +73,11 @@ def _bar(name: str) -> Iterator[Callable[[int, int, float], None]]:
         yield lambda done, total, loss: progress.update(task, completed=done, total=total, loss=loss)
 
 
+def _output(path: str) -> Iterator[str]:
+    if os.path.exists(path) and not os.path.isdir(path):
+        yield f"output must be a directory, and {path!r} is a file"
+
+
 def _refuse(problems: Iterable[str]) -> None:
     lines = list(problems)
     if lines:
@@ -75,4 +86,4 @@ def _refuse(problems: Iterable[str]) -> None:
 
 def _name(quarantined: Iterable[object]) -> None:
     for row in quarantined:
-        _CONSOLE.print(f"quarantined {row}", markup=False)
+        _CONSOLE.print(f"quarantined {row}", markup=False, soft_wrap=True)

@@ -1,144 +1,264 @@
 import asyncio
+import pickle
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from actors.config import ArchitectureConfig, CharacterTokenizerConfig, PolicyConfig, RolloutsConfig
 from actors.engine import SamplingParams
 from actors.policy import load_model, materialize
 from actors.rollout_worker import Lease, RolloutError, RolloutWorker
 from actors.schema import PROMPTS, ROLLOUTS, check
-from actors.scoring import reference_logprobs
 from actors.weights import Bucket, InProcessTransport, Publication, WeightError, pack_bucket
 
+ARCHITECTURE = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+}
 POLICY = PolicyConfig(
     model=ArchitectureConfig(
-        architecture={"model_type": "gpt2", "n_layer": 2, "n_head": 2, "n_embd": 32, "initializer_range": 0.2},
-        tokenizer=CharacterTokenizerConfig(characters="abcdefgh"),
-    )
+        architecture=ARCHITECTURE, tokenizer=CharacterTokenizerConfig(characters="abcdefghijklmnopqrstuvwxyz")
+    ),
+    dtype="float32",
 )
 
 
 @pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    return materialize(POLICY, seed=0, cache_dir=str(tmp_path_factory.mktemp("models")))
+def model_dir(tmp_path_factory) -> str:
+    return materialize(POLICY, seed=0, cache_dir=str(tmp_path_factory.mktemp("cache")))
 
 
-def _worker(model_dir, max_rows=8):
-    return RolloutWorker(
-        model_dir=model_dir,
-        policy=POLICY,
-        rollouts=RolloutsConfig(max_rows=max_rows),
-        transport=InProcessTransport(),
-        run_id="test",
-        seed=0,
-        device="cpu",
-        num_threads=1,
-    )
+@pytest.fixture
+def make_worker(model_dir):
+    workers = []
+
+    def make(transport=None) -> RolloutWorker:
+        worker = RolloutWorker(
+            model_dir=model_dir,
+            policy=POLICY,
+            rollouts=RolloutsConfig(max_rows=8),
+            transport=transport or InProcessTransport(),
+            run_id="run-1",
+            seed=0,
+            device="cpu",
+            num_threads=1,
+        )
+        workers.append(worker)
+        return worker
+
+    yield make
+    for worker in workers:
+        asyncio.run(asyncio.wait_for(worker.close(), 20))
 
 
-def _publication(model_dir, version, scale=1.0):
-    model = load_model(model_dir, dtype=torch.float32, device=torch.device("cpu"))
-    buffer, entries = pack_bucket([(name, p.detach() * scale) for name, p in model.named_parameters()])
-    bucket = Bucket(entries=entries, num_bytes=buffer.nbytes, handle=buffer)
-    return Publication(version=version, incarnation=0, buckets=(bucket,))
-
-
-def _prompt(name, ids):
-    row = {"prompt_id": [name], "prompt": ["x"], "prompt_ids": [ids], "extras": ["{}"]}
+def prompt(name: str, ids) -> pa.Table:
+    row = {"prompt_id": [name], "prompt": [name], "prompt_ids": [list(ids)], "extras": ['{"k": 1}']}
     return pa.table(row, schema=PROMPTS)
 
 
-def _lease(name, number=1, samples=4, length=12):
+def lease(name: str, *, lease_id: int = 3, num_samples: int = 3, **sampling) -> Lease:
     return Lease(
-        lease_id=number,
+        lease_id=lease_id,
         epoch=0,
         group_id=f"0/{name}",
-        incarnation=0,
-        num_samples=samples,
-        sampling=SamplingParams(max_new_tokens=length),
-        seed=3,
+        incarnation=2,
+        num_samples=num_samples,
+        sampling=SamplingParams(**{"max_new_tokens": 10, **sampling}),
+        seed=11,
     )
 
 
-PROMPTS_BY_NAME = {"p": [0, 1, 2], "q": [3], "r": [4, 5, 6, 7, 0], "s": [1, 1]}
+def publication(model: torch.nn.Module, version: int) -> Publication:
+    buffer, entries = pack_bucket(list(model.named_parameters()))
+    bucket = Bucket(entries=entries, num_bytes=len(buffer), handle=buffer)
+    return Publication(version=version, incarnation=0, buckets=(bucket,))
 
 
-async def _generate(worker, names, lease=_lease):
-    calls = [worker.generate(_prompt(name, PROMPTS_BY_NAME[name]), lease(name)) for name in names]
-    return [table for table, _ in await asyncio.gather(*calls)]
-
-
-def test_groups_have_the_schema_and_the_learners_logprobs(model_dir):
-    async def scenario():
-        worker = _worker(model_dir)
-        await worker.update_weights(_publication(model_dir, version=5))
-        assert await worker.ping() == 5
-        tables = await _generate(worker, "pqrs")
-        await worker.close()
-        return tables
-
+def other_weights(model_dir: str) -> LlamaForCausalLM:
     model = load_model(model_dir, dtype=torch.float32, device=torch.device("cpu"))
-    for name, table in zip("pqrs", asyncio.run(scenario()), strict=True):
-        rows = check(table, ROLLOUTS, "test").to_pylist()
-        assert [(row["group_id"], row["sample_index"], row["lease_id"]) for row in rows] == [
-            (f"0/{name}", index, 1) for index in range(4)
+    torch.manual_seed(9)
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter) * 0.2)
+    return model
+
+
+def within(awaitable, seconds: float = 30):
+    async def bounded():
+        return await asyncio.wait_for(awaitable, seconds)
+
+    return asyncio.run(bounded())
+
+
+def test_a_group_is_a_complete_rollouts_table(make_worker):
+    table, numbers = within(make_worker().generate(prompt("q", [1, 2, 3]), lease("q")))
+    check(table, ROLLOUTS, "test")
+    assert table["sample_index"].to_pylist() == [0, 1, 2]
+    expected = {
+        "prompt_id": "q", "prompt_ids": [1, 2, 3], "extras": '{"k": 1}', "run_id": "run-1", "incarnation": 2,
+        "group_id": "0/q", "lease_id": 3,
+    }  # fmt: skip
+    for row in table.to_pylist():
+        assert {name: row[name] for name in expected} == expected
+        length = len(row["response_ids"])
+        assert [len(row[name]) for name in ("logprobs", "policy_versions", "loss_mask")] == [length] * 3
+        assert all(row["loss_mask"])
+        assert row["finish_reason"] in ("eos", "length")
+    assert numbers["num_tokens"] == sum(map(len, table["response_ids"].to_pylist()))
+    assert numbers["generate_s"] > 0
+
+
+def test_a_retried_lease_on_a_busy_worker_gives_the_same_rows(make_worker):
+    async def crowd(worker):
+        others = [worker.generate(prompt(f"o{i}", range(1, 3 + i)), lease(f"o{i}", num_samples=4)) for i in range(5)]
+        again = worker.generate(prompt("q", [1, 2, 3]), lease("q", lease_id=8))
+        return (await asyncio.gather(*others, again))[-1][0]
+
+    alone, _ = within(make_worker().generate(prompt("q", [1, 2, 3]), lease("q")))
+    busy = within(crowd(make_worker()))
+    for name in ROLLOUTS.names:
+        if name != "lease_id":
+            assert busy[name].to_pylist() == alone[name].to_pylist()
+    assert set(busy["lease_id"].to_pylist()) == {8}
+
+
+def test_an_update_waits_for_earlier_groups_and_holds_back_later_ones(make_worker, model_dir):
+    async def scenario(worker, model):
+        assert await worker.ping() == -1
+        await worker.update_weights(publication(model, 0))
+        early = [asyncio.create_task(worker.generate(prompt(n, [5, 6]), lease(n))) for n in "ab"]
+        await asyncio.sleep(0)  # both are queued
+        update = asyncio.create_task(worker.update_weights(publication(model, 1)))
+        seconds = await update
+        late = await worker.generate(prompt("a", [5, 6]), lease("a", lease_id=4))
+        assert await worker.ping() == 1
+        return [(await task)[0] for task in early], late[0], seconds
+
+    early, late, seconds = within(scenario(make_worker(), other_weights(model_dir)))
+    assert {v for table in early for versions in table["policy_versions"].to_pylist() for v in versions} == {0}
+    assert {v for versions in late["policy_versions"].to_pylist() for v in versions} == {1}
+    assert early[0]["logprobs"].to_pylist() == late["logprobs"].to_pylist()  # same weights, same draws
+    assert seconds > 0
+
+
+def test_new_weights_are_the_ones_published(make_worker, model_dir):
+    model = other_weights(model_dir)
+    worker = make_worker()
+
+    async def scenario():
+        before, _ = await worker.generate(prompt("q", [1, 2]), lease("q", temperature=0.7))
+        await worker.update_weights(publication(model, 4))
+        return before, (await worker.generate(prompt("q", [1, 2]), lease("q", temperature=0.7)))[0]
+
+    before, after = within(scenario())
+    for table, should_match in ((after, True), (before, False)):
+        row = table.to_pylist()[0]
+        ids = torch.tensor([[1, 2, *row["response_ids"]]])
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits[0, 1:-1] / 0.7
+        expected = torch.log_softmax(logits, -1).gather(1, ids[0, 2:, None])[:, 0].numpy()
+        assert (np.abs(expected - row["logprobs"]).max() < 1e-4) == should_match
+
+
+def test_a_bad_request_fails_only_its_own_group(make_worker):
+    async def scenario(worker):
+        calls = [
+            worker.generate(prompt("good", [1, 2]), lease("good")),
+            worker.generate(prompt("long", range(1, 25)), lease("long", max_new_tokens=60)),
+            worker.generate(prompt("good", [1, 2]), lease("good")),  # the same lease twice
+            worker.generate(pa.table({"x": [1]}), lease("table")),
         ]
-        responses = [row["response_ids"] for row in rows]
-        expected = reference_logprobs(model, PROMPTS_BY_NAME[name], responses, temperature=1.0)
-        for row, logprobs in zip(rows, expected, strict=True):
-            assert row["logprobs"] == pytest.approx(logprobs.tolist(), abs=1e-4)
-            assert set(row["policy_versions"]) == {5}
-            assert all(row["loss_mask"])
+        return await asyncio.gather(*calls, return_exceptions=True)
+
+    good, long, twice, table = within(scenario(make_worker()))
+    assert good[0].num_rows == 3
+    for error, message in ((long, "must fit into 64 tokens"), (twice, "must be unique"), (table, "must have column")):
+        assert isinstance(error, ValueError)
+        assert message in str(error)
+        assert str(pickle.loads(pickle.dumps(error))) == str(error)
 
 
-def test_a_retried_lease_gives_the_same_bits_in_other_company_on_another_worker(model_dir):
-    async def scenario(names, max_rows):
-        worker = _worker(model_dir, max_rows)
-        await worker.update_weights(_publication(model_dir, version=0))
-        tables = await _generate(worker, names)
-        await worker.close()
-        return dict(zip(names, tables, strict=True))
+def test_an_engine_failure_fails_the_groups_in_flight_and_the_worker_recovers(make_worker, model_dir):
+    model = other_weights(model_dir)
+    sick = {name: value.detach() * torch.nan for name, value in model.named_parameters()}
+    buffer, entries = pack_bucket(list(sick.items()))
+    bad = Publication(version=1, incarnation=0, buckets=(Bucket(entries=entries, num_bytes=1, handle=buffer),))
 
-    together, alone = asyncio.run(scenario("pqrs", 8)), asyncio.run(scenario("r", 4))
-    for column in ("response_ids", "logprobs", "finish_reason"):
-        assert together["r"][column].to_pylist() == alone["r"][column].to_pylist()
-    assert together["r"]["response_ids"].to_pylist() != together["p"]["response_ids"].to_pylist()
+    async def scenario(worker):
+        await worker.update_weights(bad)
+        calls = [worker.generate(prompt(n, [1, 2]), lease(n)) for n in "abc"]
+        failed = await asyncio.gather(*calls, return_exceptions=True)
+        await worker.update_weights(publication(model, 2))
+        return failed, (await worker.generate(prompt("a", [1, 2]), lease("a")))[0]
 
-
-def test_an_update_waits_for_groups_in_flight_and_later_groups_wait_for_it(model_dir):
-    async def scenario():
-        worker = _worker(model_dir)
-        await worker.update_weights(_publication(model_dir, version=1))
-        before = asyncio.ensure_future(_generate(worker, "pq"))
-        await asyncio.sleep(0)
-        update = asyncio.ensure_future(worker.update_weights(_publication(model_dir, version=2, scale=1.1)))
-        await update
-        after = await _generate(worker, "rs")
-        tables = await before, after
-        await worker.close()
-        return tables
-
-    before, after = asyncio.run(scenario())
-    versions = [
-        {v for t in tables for row in t["policy_versions"].to_pylist() for v in row} for tables in (before, after)
-    ]
-    assert versions == [{1}, {2}]
+    failed, table = within(scenario(make_worker()))
+    assert all(isinstance(error, RolloutError) and "must be finite" in str(error) for error in failed)
+    assert isinstance(pickle.loads(pickle.dumps(failed[0])), RolloutError)
+    assert table.num_rows == 3
 
 
-def test_a_bad_request_fails_alone_and_a_bad_publication_names_the_tensor(model_dir):
-    async def scenario():
-        worker = _worker(model_dir)
-        await worker.update_weights(_publication(model_dir, version=1))
-        good = asyncio.ensure_future(_generate(worker, "p"))
-        with pytest.raises(ValueError, match="0/q"):
-            await _generate(worker, "q", lease=lambda name: _lease(name, length=10**6))
-        assert len(await good) == 1
-        damaged = _publication(model_dir, version=2)
-        damaged.buckets[0].handle[100] ^= 1
-        with pytest.raises((WeightError, RolloutError), match="must have fingerprint"):
+def test_a_damaged_update_is_an_error_and_nothing_is_sampled_from_it(make_worker, model_dir):
+    model = other_weights(model_dir)
+    damaged = publication(model, 1)
+    damaged.buckets[0].handle[-100] ^= 1
+
+    async def scenario(worker):
+        with pytest.raises(WeightError, match="fingerprint"):
             await worker.update_weights(damaged)
-        await worker.close()
+        assert await worker.ping() == -1
+        await worker.update_weights(publication(model, 1))
+        return await worker.ping()
 
-    asyncio.run(scenario())
+    assert within(scenario(make_worker())) == 1
+
+
+def test_a_transport_failure_reaches_the_caller(make_worker, model_dir):
+    class Broken(InProcessTransport):
+        def get(self, handle):
+            raise OSError("the owner of this object died")
+
+    model = other_weights(model_dir)
+
+    async def scenario(worker):
+        with pytest.raises(RolloutError, match="OSError: the owner"):
+            await worker.update_weights(publication(model, 1))
+        return (await worker.generate(prompt("a", [1, 2]), lease("a")))[0]
+
+    assert within(scenario(make_worker(Broken()))).num_rows == 3
+
+
+def test_cancelling_a_call_frees_its_rows(make_worker):
+    async def scenario(worker):
+        task = asyncio.create_task(worker.generate(prompt("a", [1]), lease("a", num_samples=500, max_new_tokens=60)))
+        while not (await worker.stats())["num_live_rows"]:
+            await asyncio.sleep(0.001)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        again = await worker.generate(prompt("a", [1]), lease("a"))  # its id is free again
+        return again[0].num_rows, await worker.stats()
+
+    rows, stats = within(scenario(make_worker()))
+    assert rows == 3
+    assert stats["num_completions"] < 500
+    assert stats["num_live_rows"] == stats["num_waiting_requests"] == 0
+
+
+def test_closing_fails_what_waits_and_refuses_what_comes(make_worker):
+    async def scenario(worker):
+        task = asyncio.create_task(worker.generate(prompt("a", [1]), lease("a", num_samples=500, max_new_tokens=60)))
+        await asyncio.sleep(0.05)
+        await worker.close()
+        with pytest.raises(RolloutError, match="ended"):
+            await task
+        with pytest.raises(RolloutError, match="ended"):
+            await worker.generate(prompt("b", [1]), lease("b"))
+
+    within(scenario(make_worker()))

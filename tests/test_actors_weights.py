@@ -1,105 +1,149 @@
-from dataclasses import replace
+import dataclasses
+import pickle
+import zlib
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from actors.torch_engine import TorchEngine
 from actors.weights import (
     Bucket,
+    InPlaceWeights,
     InProcessTransport,
     Publication,
+    TensorEntry,
     WeightError,
     pack_bucket,
     receive,
     unpack_bucket,
 )
-from tests.learner_toys import toy_model
 
 
-class _NoTokenizer:
-    """The engine only decodes with it, and nothing is generated here."""
+class Recorder:
+    """The part of an engine that a receiver sees, over a real module."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._weights = InPlaceWeights(module)
+        self.calls: list[str] = []
+
+    def weight_shapes(self):
+        return self._weights.shapes()
+
+    def begin_update(self, version: int, mode: str) -> None:
+        self.calls.append(f"begin {version} {mode}")
+        self._weights.begin()
+
+    def load(self, tensors) -> None:
+        self.calls.append("load")
+        self._weights.load(tensors)
+
+    def end_update(self) -> None:
+        self._weights.end()
+        self.calls.append("end")
 
 
-def _engine():
-    return TorchEngine(toy_model(), _NoTokenizer(), max_rows=4, eos_ids=frozenset({2}))
+def network(seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(seed)
+    module = nn.ModuleDict({"embed": nn.Embedding(5, 3), "norm": nn.LayerNorm(3), "head": nn.Linear(3, 5, bias=False)})
+    module["head"].weight = module["embed"].weight  # tied
+    return module.to(dtype)
 
 
-def _publication(model, version=1, dtype=torch.float32):
-    named = [(name, parameter.detach().to(dtype)) for name, parameter in model.named_parameters()]
+def publish(module: nn.Module, version: int = 7) -> Publication:
+    named = list(module.named_parameters())
     buckets = []
-    for part in (named[:3], named[3:]):
+    for part in (named[:1], named[1:]):
         buffer, entries = pack_bucket(part)
-        buckets.append(Bucket(entries=entries, num_bytes=buffer.nbytes, handle=buffer))
+        buckets.append(Bucket(entries=entries, num_bytes=len(buffer), handle=buffer))
     return Publication(version=version, incarnation=0, buckets=tuple(buckets))
 
 
-def _other_model():
-    model = toy_model()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(1.5).add_(0.01)
-    return model
+def with_entry(publication: Publication, bucket: int, entry: int, **changes) -> Publication:
+    entries = list(publication.buckets[bucket].entries)
+    entries[entry] = dataclasses.replace(entries[entry], **changes)
+    buckets = list(publication.buckets)
+    buckets[bucket] = dataclasses.replace(buckets[bucket], entries=tuple(entries))
+    return dataclasses.replace(publication, buckets=tuple(buckets))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_bucket_gives_back_what_went_in(dtype):
-    tensors = [
-        ("a", torch.randn(3, 5).to(dtype)),
-        ("b", torch.randn(7).to(dtype)),
-        ("scalar", torch.tensor(2.0).to(dtype)),
-    ]
-    buffer, entries = pack_bucket(tensors)
+def test_bucket_layout_by_hand():
+    buffer, entries = pack_bucket([("a", torch.tensor([1.0, 2.0])), ("b", torch.tensor([3], dtype=torch.int32))])
     assert buffer.dtype == np.uint8
-    assert [entry.name for entry in entries] == ["a", "b", "scalar"]
-    buffer.setflags(write=False)  # as it comes from an object store
-    for (name, expected), (found_name, found) in zip(tensors, unpack_bucket(buffer, entries), strict=True):
-        assert name == found_name
-        assert torch.equal(found, expected)
+    assert len(buffer) == 128  # each tensor starts at a multiple of 64 bytes
+    assert buffer[:8].view(np.float32).tolist() == [1.0, 2.0]
+    assert buffer[64:68].view(np.int32).tolist() == [3]
+    expected = zlib.crc32(np.array([1.0, 2.0], dtype=np.float32).tobytes())
+    assert entries[0] == TensorEntry(name="a", kind="base", dtype="float32", shape=(2,), fingerprint=expected)
+    assert (entries[1].dtype, entries[1].shape) == ("int32", (1,))
 
 
-def test_received_weights_are_the_published_ones_to_the_bit():
-    engine, model = _engine(), _other_model()
-    receive(_publication(model, version=7), InProcessTransport(), engine)
-    assert engine.version == 7
-    expected = dict(model.named_parameters())
-    for name, parameter in engine._model.named_parameters():
-        assert torch.equal(parameter, expected[name]), name
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("read_only", [False, True])
+def test_every_dtype_and_shape_survives_the_round_trip(dtype, read_only):
+    shapes = [(3, 5), (), (7,), (0,), (2, 1, 9)]
+    named = [(str(shape), torch.randn(shape).to(dtype)) for shape in shapes]
+    named.append(("transposed", torch.randn(4, 6).to(dtype).t()))
+    buffer, entries = pack_bucket(named)
+    buffer.flags.writeable = not read_only  # an object store's memory is read-only
+    for (name, sent), (found, received) in zip(named, unpack_bucket(buffer, entries), strict=True):
+        assert name == found
+        assert sent.dtype == received.dtype
+        assert torch.equal(sent, received)
 
 
-def test_one_flipped_bit_is_named_and_the_version_stays():
-    engine, publication = _engine(), _publication(_other_model())
-    bucket = publication.buckets[1]
-    bucket.handle[bucket.handle.size // 2] ^= 1
-    with pytest.raises(WeightError, match=r"the bytes of tensor '[\w.]+' must have fingerprint"):
-        receive(publication, InProcessTransport(), engine)
-    assert engine.version == -1
+def test_receive_brings_a_module_to_the_published_version():
+    engine_module, learner = network(0), network(1)
+    engine = Recorder(engine_module)
+    receive(publish(learner), InProcessTransport(), engine)
+    assert engine.calls == ["begin 7 drain", "load", "load", "end"]
+    for mine, theirs in zip(engine_module.parameters(), learner.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    assert engine_module["head"].weight is engine_module["embed"].weight
 
 
-@pytest.mark.parametrize(
-    ("damage", "named"),
-    [
-        ("missing", "lm_head|embed|layers|norm"),
-        ("unknown", "stranger"),
-        ("shape", r"must be float32 \(61, 32\), got"),
-        ("dtype", "bfloat16"),
-    ],
-)
-def test_what_does_not_fit_is_named_before_a_weight_changes(damage, named):
-    engine, model = _engine(), _other_model()
-    before = {name: parameter.clone() for name, parameter in engine._model.named_parameters()}
-    publication = _publication(model, dtype=torch.bfloat16 if damage == "dtype" else torch.float32)
-    first, second = publication.buckets
-    if damage == "missing":
-        publication = replace(publication, buckets=(first,))
-    elif damage == "unknown":
-        buffer, entries = pack_bucket([("stranger", torch.zeros(2))])
-        extra = Bucket(entries=entries, num_bytes=buffer.nbytes, handle=buffer)
-        publication = replace(publication, buckets=(first, second, extra))
-    elif damage == "shape":
-        entry = replace(first.entries[0], shape=(1, *first.entries[0].shape))
-        publication = replace(publication, buckets=(replace(first, entries=(entry, *first.entries[1:])), second))
-    with pytest.raises(WeightError, match=named):
-        receive(publication, InProcessTransport(), engine)
-    for name, parameter in engine._model.named_parameters():
-        assert torch.equal(parameter, before[name]), name
+def test_one_flipped_bit_names_its_tensor():
+    publication = publish(network(1))
+    publication.buckets[1].handle[64] ^= 1  # norm.bias starts at byte 64
+    with pytest.raises(WeightError, match=r"'norm\.bias' must have fingerprint"):
+        receive(publication, InProcessTransport(), Recorder(network(0)))
+
+
+BROKEN = {
+    "of another shape": ({"shape": (3, 5)}, r"'embed\.weight' must be float32 \(5, 3\), got float32 \(3, 5\)"),
+    "of another dtype": ({"dtype": "float16"}, r"'embed\.weight' must be float32 \(5, 3\), got float16"),
+    "unknown": ({"name": "embed.weights"}, r"'embed\.weights' must be one of .* nearest is 'embed\.weight'"),
+    "an adapter": ({"kind": "adapter"}, r"'embed\.weight' must be of kind 'base', got 'adapter'"),
+    "announced twice": ({"name": "norm.bias"}, r"'norm\.bias' must be "),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_wrong_announcement_changes_no_weight(case):
+    changes, message = BROKEN[case]
+    engine = Recorder(network(0))
+    with pytest.raises(WeightError, match=message):
+        receive(with_entry(publish(network(1)), 0, 0, **changes), InProcessTransport(), engine)
+    assert engine.calls == []
+
+
+def test_missing_tensors_are_listed():
+    publication = publish(network(1))
+    short = dataclasses.replace(publication, buckets=publication.buckets[:1])
+    with pytest.raises(WeightError, match=r"version 7 must bring every tensor, missing 'norm\.bias', 'norm\.weight'"):
+        receive(short, InProcessTransport(), Recorder(network(0)))
+
+
+def test_a_truncated_buffer_is_refused():
+    publication = publish(network(1))
+    bucket = publication.buckets[0]
+    cut = dataclasses.replace(bucket, handle=bucket.handle[:-64])
+    short = dataclasses.replace(publication, buckets=(cut, *publication.buckets[1:]))
+    with pytest.raises(WeightError, match=r"must be 64 bytes of uint8, got \(0,\)"):
+        receive(short, InProcessTransport(), Recorder(network(0)))
+
+
+def test_weight_errors_survive_pickling():
+    error = pickle.loads(pickle.dumps(WeightError("tensor 'a' is bad")))
+    assert isinstance(error, WeightError)
+    assert str(error) == "tensor 'a' is bad"

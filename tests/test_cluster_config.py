@@ -1,4 +1,5 @@
 import os
+import re
 import subprocess
 import sys
 import time
@@ -111,3 +112,35 @@ def test_a_component_may_not_take_a_metrics_name():
     raw = _with("reward.components", {"score": {"function": "rules:f"}})
     with pytest.raises(ConfigError, match=r"reward: components must not be named \['score'\]"):
         validate(RunConfig, raw, where="config.yaml")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["trian"], "No such command 'trian'"),
+        (["train"], "Missing argument 'CONFIG.yaml'"),
+        (["plan", "missing.yaml"], "missing.yaml must be a YAML file, and there is none"),
+        (["report", "."], "RUN_DIR must be the directory of a run"),
+    ],
+)
+def test_wrong_use_is_one_message(arguments, expected):
+    command = [sys.executable, "-m", "cluster.cli", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert expected in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("learner.optimizer.learning_rate=.inf", "learner.optimizer.learning_rate must be a finite number, got inf"),
+        ("run.dir=???", "Missing mandatory value: run.dir"),
+        ("reward.components=[]", "a section must stay a section"),
+    ],
+)
+def test_values_that_no_setting_can_have(tmp_path, override, expected):
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(validate(RunConfig, MINIMAL, where="test")))
+    with pytest.raises(ConfigError, match=re.escape(expected)):
+        load(RunConfig, str(path), [override])

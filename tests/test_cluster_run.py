@@ -145,7 +145,8 @@ def test_two_ranks_and_two_workers_learn_the_same_and_a_dead_worker_is_named(str
         assert time.monotonic() - started < 20
 
 
-def test_interrupt_leaves_no_process_and_a_readable_directory(data, tmp_path):
+@pytest.mark.parametrize("request_to_end", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_interrupt_leaves_no_process_and_a_readable_directory(data, tmp_path, request_to_end):
     directory = tmp_path / "interrupted"
     path = tmp_path / "config.yaml"
     path.write_text(to_yaml(_config(directory, data, run={"num_steps": 1000, "dir": str(directory)})))
@@ -164,7 +165,7 @@ def test_interrupt_leaves_no_process_and_a_readable_directory(data, tmp_path):
         time.sleep(0.2)
     children = psutil.Process(process.pid).children(recursive=True)
     assert len(children) >= 4, "Ray and three workers"
-    process.send_signal(signal.SIGINT)
+    process.send_signal(request_to_end)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130, output
     _, alive = psutil.wait_procs(children, timeout=20)
