@@ -157,7 +157,7 @@ def validate(config_type: type[ConfigType], raw: Any, where: str) -> ConfigType:
     except ValidationError as error:
         details = error.errors()
         # Of a setting that is a name or a section, only the part that was meant is explained.
-        meant = [d for d in details if not (d["loc"][-1] == "str" and isinstance(d["input"], dict))]
+        meant = [d for d in details if not (d["loc"][-1:] == ("str",) and isinstance(d["input"], dict))]
         lines = [_explain(config_type, d) for d in meant or details]
         raise ConfigError(f"{where}: " + "\n".join(lines)) from error
 
