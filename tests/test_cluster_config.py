@@ -83,7 +83,7 @@ def test_missing_value_is_named():
         ("run: [1, 2", "must be YAML"),
         ("- a\n- b", "must hold sections"),
         ("run: {dir: '${nowhere.x}'}", "nowhere"),
-        ("run: {dir: '???'}", "Missing mandatory value: run.dir"),
+        ("run: {dir: '???'}", "Missing mandatory value: dir"),
     ],
 )
 def test_unreadable_files(tmp_path, text, expected):
