@@ -1,7 +1,8 @@
 """From prompts to complete, judged groups: leases to rollout workers, references to reward workers, then batches.
 
 A group is one prompt in one epoch with its n samples; it is judged as soon as it is generated, while others still
-generate.  Results are owned by the driver, which moves references and small metadata tables, never tokens.
+generate.  Results are owned by the driver, which moves references and small
+metadata tables; rows are read only to be kept in the run directory.
 """
 
 import time

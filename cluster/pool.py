@@ -126,9 +126,9 @@ class Gang:
         waiting = list(references)
         while waiting:
             ready, waiting = ray.wait(waiting, timeout=timeout_s)
-            fetch(ready, what=what, timeout_s=0.1 if not ready else timeout_s)
             if not ready:
                 raise WorkerError(f"{what} must finish within {timeout_s:g} s and did not; raise pipeline.timeout_s")
+            fetch(ready, what=what, timeout_s=timeout_s)
         answers: list[Any] = fetch(list(references), what=what, timeout_s=timeout_s)
         return answers
 
