@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from actors.engine import Completion, Engine, Request
+from actors.faults import fault
 from actors.weights import InProcessTransport, Publication, receive
 
 
@@ -175,6 +176,7 @@ class EngineThread:
         if not self._engine.has_work:
             return
         try:
+            fault("rollout.decode")
             completions = self._engine.step()
         except Exception as error:  # every group in flight is lost, the thread and its callers are not
             self._lose_groups(error)

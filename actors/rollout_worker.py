@@ -13,11 +13,12 @@ import torch
 from actors.config import PolicyConfig, RolloutsConfig
 from actors.engine import Completion, Request, SamplingParams
 from actors.engine_thread import Close, EngineThread, Generate, RolloutError, Stats, Update
+from actors.faults import fault
 from actors.policy import eos_ids, load_model, load_tokenizer, resolve_dtype
 from actors.sampling import group_seed
 from actors.schema import PROMPTS, ROLLOUTS, check
 from actors.torch_engine import TorchEngine
-from actors.weights import Publication, WeightTransport
+from actors.weights import Bucket, Publication, WeightTransport
 
 __all__ = ["Lease", "RolloutError", "RolloutWorker"]
 
@@ -47,6 +48,8 @@ class RolloutWorker:
         seed: of torch's global generator; draws do not use it, a lease brings their seed.
         device: where the engine runs, e.g. "cpu" or "cuda:0".
         num_threads: of torch; 0 = leave as it is.
+        fetch_timeout_s: longest wait for published weights; shorter than the caller's own patience, so that a learner
+            which went away is told from a worker which hangs.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class RolloutWorker:
         seed: int,
         device: str,
         num_threads: int,
+        fetch_timeout_s: float = 600.0,
     ) -> None:
         if num_threads > 0:
             torch.set_num_threads(num_threads)
@@ -75,6 +79,7 @@ class RolloutWorker:
         engine = TorchEngine(model, tokenizer, max_rows=rollouts.max_rows, eos_ids=eos_ids(model, tokenizer))
         self._run_id = run_id
         self._transport = transport
+        self._fetch_timeout_s = fetch_timeout_s
         self._thread = EngineThread(engine)
 
     async def generate(self, prompt: pa.Table, lease: Lease) -> tuple[pa.Table, dict[str, float]]:
@@ -92,6 +97,7 @@ class RolloutWorker:
             RolloutError: if generation failed.
         """
         start = time.perf_counter()
+        fault("rollout.generate")
         check(prompt, PROMPTS, "rollout worker")
         if prompt.num_rows != 1:
             raise ValueError(f"a lease must come with one prompt, got {prompt.num_rows} rows ({lease.group_id})")
@@ -112,12 +118,10 @@ class RolloutWorker:
 
         Raises:
             WeightError: if what came is not what was announced or expected.
-            RolloutError: if it could not be fetched.
+            RolloutError: if it could not be fetched in time.
         """
         start = time.perf_counter()
-        # Buffers are fetched while the engine still decodes.
-        fetched = await asyncio.get_running_loop().run_in_executor(None, self._fetch, publication)
-        await self._thread.ask(Update(publication=fetched))
+        await self._thread.ask(Update(publication=await self._fetch(publication)))
         return time.perf_counter() - start
 
     async def ping(self) -> int:
@@ -135,13 +139,24 @@ class RolloutWorker:
         if not self._thread.is_closed:
             await self._thread.ask(Close())
 
-    def _fetch(self, publication: Publication) -> Publication:
+    async def _fetch(self, publication: Publication) -> Publication:
+        """Return the publication with the buffers themselves as handles; the engine decodes on meanwhile."""
+        fetching = asyncio.get_running_loop().run_in_executor(None, self._get_buckets, publication)
         try:
-            buckets = [replace(bucket, handle=self._transport.get(bucket.handle)) for bucket in publication.buckets]
+            return replace(publication, buckets=await asyncio.wait_for(fetching, self._fetch_timeout_s))
+        except TimeoutError as error:  # its thread may wait for ever
+            raise RolloutError(
+                f"version {publication.version} must be fetched within {self._fetch_timeout_s:g} s and was not; "
+                "publish it again"
+            ) from error
+
+    def _get_buckets(self, publication: Publication) -> tuple[Bucket, ...]:
+        try:
+            fault("rollout.fetch_weights")
+            return tuple(replace(bucket, handle=self._transport.get(bucket.handle)) for bucket in publication.buckets)
         except Exception as error:  # whatever a transport raises; its own kinds need not survive the way back
             what = f"version {publication.version} could not be fetched"
             raise RolloutError(f"{what}: {type(error).__name__}: {error}; publish it again") from error
-        return replace(publication, buckets=tuple(buckets))
 
     def _rollouts(self, prompt: pa.Table, lease: Lease, completions: list[Completion]) -> pa.Table:
         count = len(completions)

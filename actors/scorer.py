@@ -25,6 +25,15 @@ TokenFunction = Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor | None
 hidden states already are logits [S, V]."""
 
 
+def select_rows(values: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """Return `values[indices]`, [K, H], with a backward pass of fixed order.
+
+    A group's responses share the state of their prompt's last token, so that row's gradient is a sum.  What indexing
+    does for it on a CPU, atomic additions by all threads, has other bits each time.
+    """
+    return F.embedding(indices, values)
+
+
 class ScoringLinear(nn.Linear):
     """An output head that, while it has a request, returns [1, S, C] numbers per token instead of logits.
 
@@ -41,7 +50,7 @@ class ScoringLinear(nn.Linear):
         """Return logits, or what the request asks for."""
         if self.row is None or self.function is None:
             return super().forward(input)
-        self.states = input.flatten(0, 1)[self.row.states]
+        self.states = select_rows(input.flatten(0, 1), self.row.states)
         return self.function(self.states[self.row.token_states], self.weight, self.bias)[None]
 
 
@@ -101,8 +110,8 @@ class Scorer:
             logits = self._forward(row).logits
         finally:
             handle.remove()
-        token_logits = logits.flatten(0, 1)[row.states][row.token_states]
-        return Scores(function(token_logits, None, None), received[0].flatten(0, 1)[row.states])
+        token_logits = select_rows(logits.flatten(0, 1), row.states)[row.token_states]
+        return Scores(function(token_logits, None, None), select_rows(received[0].flatten(0, 1), row.states))
 
     def _forward(self, row: GroupRow) -> Any:
         return self._model(

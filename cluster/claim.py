@@ -2,6 +2,8 @@
 
 import fcntl
 import os
+import time
+from contextlib import suppress
 from typing import Any, TextIO
 
 from cluster.config import ConfigError, RunConfig, load, to_yaml
@@ -9,12 +11,17 @@ from cluster.storage import RunStorage
 
 OPERATIONAL = frozenset(
     {
-        "run.dir", "run.checkpoint_every", "run.keep_checkpoints", "pipeline.timeout_s", "rollouts.num_workers",
+        "run.dir", "run.checkpoint_every", "run.keep_checkpoints", "pipeline.timeout_s", "pipeline.heartbeat_s",
+        "pipeline.max_restarts", "pipeline.max_retries", "pipeline.max_quarantined", "rollouts.num_workers",
         "reward.num_workers", "learner.backend", "learner.num_ranks", "learner.zero_stage",
     }
 )  # fmt: skip
 """Settings (and all of `placement`) that change where and how work is done, not what is learnt: a run may be continued
 with others."""
+
+_LOCK = ".lock"
+_NUM_TRIES = 5
+_RETRY_S = 0.05
 
 
 def claim(storage: RunStorage, config: RunConfig) -> TextIO:
@@ -24,15 +31,15 @@ def claim(storage: RunStorage, config: RunConfig) -> TextIO:
         ConfigError: when another process has the directory, or it holds a run with another configuration.
     """
     # Closed by the caller: it stays open as long as the run.
-    lock = open(storage.path(".lock"), "a+", encoding="utf-8")  # noqa: SIM115
+    lock = open(storage.path(_LOCK), "a+", encoding="utf-8")  # noqa: SIM115
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _take(lock)
     except BlockingIOError as error:
         lock.seek(0)
-        holder = lock.read().strip()
+        owner = lock.read().strip()
         lock.close()
         raise ConfigError(
-            f"run.dir {storage.directory} must belong to one process, and process {holder} is writing to it; "
+            f"run.dir {storage.directory} must belong to one process, and process {owner} is writing to it; "
             "wait for it, end it, or choose another run.dir"
         ) from error
     lock.truncate(0)
@@ -47,18 +54,44 @@ def claim(storage: RunStorage, config: RunConfig) -> TextIO:
     return lock
 
 
+def holder(storage: RunStorage) -> str | None:
+    """Return the id of the process that has the run directory; None where nobody has."""
+    if not storage.exists(_LOCK):
+        return None
+    with open(storage.path(_LOCK), encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return lock.read().strip()
+    return None
+
+
+def learning_changes(before: RunConfig, now: RunConfig) -> list[str]:
+    """Return the settings that differ and are not operational, each as `name before -> now`."""
+    old, new = _flat(before.model_dump(mode="json")), _flat(now.model_dump(mode="json"))
+    names = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+    return [
+        f"{name} {old.get(name)!r} -> {new.get(name)!r}"
+        for name in names
+        if name not in OPERATIONAL and not name.startswith("placement.")
+    ]
+
+
+def _take(lock: TextIO) -> None:
+    """Lock the file at once, or after a moment: somebody who asks for the `holder` has it for as long as that takes."""
+    for _ in range(_NUM_TRIES - 1):
+        with suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        time.sleep(_RETRY_S)
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 def _compare(storage: RunStorage, config: RunConfig) -> None:
     has_begun = bool(storage.checkpoints()) or storage.exists("metrics.jsonl")
     if not (has_begun and storage.exists("config.yaml")):
         return
-    before = _flat(load(RunConfig, storage.path("config.yaml")).model_dump(mode="json"))
-    now = _flat(config.model_dump(mode="json"))
-    names = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
-    changes = [
-        f"{name} {before.get(name)!r} -> {now.get(name)!r}"
-        for name in names
-        if name not in OPERATIONAL and not name.startswith("placement.")
-    ]
+    changes = learning_changes(load(RunConfig, storage.path("config.yaml")), config)
     if changes:
         raise ConfigError(
             f"run.dir {storage.directory} holds a run with another configuration ({', '.join(changes)}); "

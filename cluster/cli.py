@@ -5,13 +5,17 @@ Configurations are checked before anything heavy is imported, so a mistake is re
 
 import os
 import sys
-from typing import Annotated, NoReturn
+import time
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from cluster.config import ConfigError, RunConfig, load
 from cluster.placement import interrupt_on_sigterm
 from learner.config import RewardModelConfig, SFTConfig
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 app = typer.Typer(
     help="Train language models from human feedback.",
@@ -33,14 +37,26 @@ RunDirectory = Annotated[str, typer.Argument(metavar="RUN_DIR", help="Directory 
 @app.command()
 def train(config: ConfigPath, overrides: Overrides = None) -> None:
     """Train a policy by reinforcement learning; continues where the run directory's last checkpoint stopped."""
-    run_config = _run_config(config, overrides)
-    from cluster.loop import train as train_loop
-    from cluster.run import Run
+    _train(_run_config(config, overrides))
 
-    with Run(run_config) as run:
-        train_loop(run)
-    print(f"Run directory: {run.storage.directory}\nPolicy: {run.storage.path('policy')}")
-    print(f"Report: concord report {run.storage.directory}")
+
+@app.command()
+def resume(run_dir: RunDirectory, overrides: Overrides = None) -> None:
+    """Continue a run with its own configuration; only settings of where and how work is done may be replaced."""
+    _must_be_run(run_dir)
+    from cluster.claim import learning_changes
+
+    path = os.path.join(run_dir, "config.yaml")
+    config = load(RunConfig, path, overrides or [])
+    changes = learning_changes(load(RunConfig, path), config)
+    if changes:
+        raise ConfigError(
+            f"a resume must keep what is learnt, and would change {', '.join(changes)}; "
+            "leave these settings out, or start a new run with `concord train`"
+        )
+    if any(override.startswith("run.dir=") for override in overrides or []):
+        raise ConfigError(f"run.dir must be the directory that is resumed, {run_dir}; leave the setting out")
+    _train(_checked(config.model_copy(update={"run": config.run.model_copy(update={"dir": run_dir})})))
 
 
 @app.command()
@@ -61,11 +77,9 @@ def evaluate(config: ConfigPath, overrides: Overrides = None) -> None:
 def plan(config: ConfigPath, overrides: Overrides = None) -> None:
     """Show the batch plan and the processes of a training run; nothing is started."""
     run_config = _run_config(config, overrides)
-    from rich.console import Console
-
     from cluster.plan import render
 
-    Console().print(render(run_config))
+    _show(render(run_config))
 
 
 @app.command()
@@ -93,6 +107,36 @@ def report(run_dir: RunDirectory) -> None:
     from cluster.report import build_report
 
     print(build_report(run_dir))
+
+
+@app.command()
+def status(
+    run_dir: RunDirectory,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+) -> None:
+    """Show how a run stands: progress, groups, faults; also while it works."""
+    _must_be_run(run_dir)
+    from cluster.status import run_status, status_json
+    from cluster.status_page import render_status
+
+    found = run_status(run_dir, now=time.time())
+    if json:
+        print(status_json(found))
+    else:
+        _show(render_status(found))
+
+
+@app.command()
+def ledger(
+    run_dir: RunDirectory,
+    why: Annotated[str, typer.Option(metavar="PROMPT_ID", help="A prompt or a group to explain.")] = "",
+) -> None:
+    """Show what became of a run's groups, or of one prompt step by step."""
+    _must_be_run(run_dir)
+    from cluster.status import run_status
+    from cluster.status_page import render_history, render_ledger
+
+    _show(render_history(run_dir, why) if why else render_ledger(run_status(run_dir, now=time.time())))
 
 
 @app.command()
@@ -124,11 +168,30 @@ def main() -> None:
 
 
 def _run_config(path: str, overrides: list[str] | None) -> RunConfig:
-    config = load(RunConfig, path, overrides or [])
+    return _checked(load(RunConfig, path, overrides or []))
+
+
+def _checked(config: RunConfig) -> RunConfig:
     from cluster.checks import check_run
 
     check_run(config)
     return config
+
+
+def _train(config: RunConfig) -> None:
+    from cluster.loop import train as train_loop
+    from cluster.run import Run
+
+    with Run(config) as run:
+        train_loop(run)
+    print(f"Run directory: {run.storage.directory}\nPolicy: {run.storage.path('policy')}")
+    print(f"Report: concord report {run.storage.directory}")
+
+
+def _show(page: "RenderableType") -> None:
+    from rich.console import Console
+
+    Console(highlight=False).print(page)
 
 
 def _must_be_run(directory: str) -> None:

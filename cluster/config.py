@@ -40,7 +40,15 @@ class PipelineConfig(Config):
     max_staleness: Literal[0] = 0
     """Policy versions between sampling and learning; 0 = exactly on-policy."""
     timeout_s: float = Field(default=1800.0, gt=0)
-    """Longest wait for any one remote call, seconds."""
+    """Longest wait for any one remote call, seconds; a process that is later is ended and replaced."""
+    heartbeat_s: float = Field(default=60.0, gt=0)
+    """Longest silence of a rollout worker that generates, seconds: it is asked, and must answer, within this time."""
+    max_restarts: int = Field(default=3, ge=0)
+    """Times that one worker, or the learner, is started again without a success in between."""
+    max_retries: int = Field(default=5, ge=0)
+    """Failures of the machinery that one group may meet before the run ends."""
+    max_quarantined: int = Field(default=100, ge=0)
+    """Groups that may fail through their own fault, in the whole run, before it ends."""
 
 
 class PlacementConfig(Config):

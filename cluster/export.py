@@ -11,18 +11,17 @@ def export_policy(run_dir: str, output: str) -> str:
     """Write the newest checkpoint's policy to `output`; return the path.
 
     Raises:
-        ConfigError: when the run has no checkpoint.
+        ConfigError: when the run has no whole checkpoint.
     """
     storage = RunStorage(run_dir)
-    steps = storage.checkpoints()
-    if not steps:
+    newest = storage.newest_checkpoint()
+    if newest is None:
         raise ConfigError(
             f"{run_dir} must hold a checkpoint to export, and has none; run at least run.checkpoint_every steps"
         )
     config = load(RunConfig, os.path.join(run_dir, "config.yaml"))
-    checkpoint = storage.read_checkpoint(steps[-1])
-    with open(os.path.join(checkpoint, "run.json"), encoding="utf-8") as file:
-        model_dir = json.load(file)["model_dir"]
+    _, checkpoint = newest
+    model_dir = json.loads(storage.read_text(checkpoint, "run.json"))["model_dir"]
     if not os.path.isdir(model_dir):
         model_dir = _architecture(config, model_dir)
     from actors.weights import InProcessTransport

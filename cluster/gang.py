@@ -1,104 +1,148 @@
-"""The learner as the loop sees it: a gang of ranks plus the driver-side controller that plans each step.
+"""The learner's ranks as the driver calls them: one call goes to all, tables travel by reference.
 
-The controller composes scores and fixes the plan once for all ranks; tables travel by reference.
+A gang does not outlive a failure: `cluster/recovery.py` starts another one and brings it to where this one was.
 """
 
-import json
-import os
-import time
+from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
+import ray
 
 from actors.weights import Publication, WeightTransport
 from cluster.config import RunConfig
-from cluster.pipeline import Batch
 from cluster.placement import Processes
-from cluster.pool import Gang
+from cluster.ranks import GangError, GangPlace, Ranks
 from learner.batch import StepPlan
-from learner.controller import StepController
-from learner.learner import LearnerRank
-
-_CONTROLLER = "controller.json"
+from learner.learner import LearnerRank, Skipped
 
 
 class _Rank(LearnerRank):
     """A rank as Ray calls it: references become tables only where they are arguments of their own."""
 
-    def step_on(self, plan: StepPlan, *tables: pa.Table) -> dict[str, float]:
+    def step_on(self, plan: StepPlan, *tables: pa.Table) -> dict[str, float] | Skipped:
         """Call `step`."""
         return self.step(tables, plan)
 
 
 class LearnerGang:
-    """Trains the policy on batches, hands out its weights, saves and restores its state."""
+    """Every method is one call to all ranks, with one deadline; see `LearnerRank` for what they do.
 
-    def __init__(self, config: RunConfig, *, model_dir: str, processes: Processes, transport: WeightTransport) -> None:
-        self.controller = StepController(
-            config.reward, config.learner, config.algorithm, num_steps=config.run.num_steps, seed=config.run.seed
-        )
-        self._timeout_s = config.pipeline.timeout_s
+    Args:
+        ranks: the processes.
+        timeout_s: longest wait for a call.
+        ready_timeout_s: longest wait for the processes to be placed and ready.
 
-        def arguments(rank: int) -> dict[str, Any]:
-            return {
-                "model_dir": model_dir,
-                "policy": config.policy,
-                "learner": config.learner,
-                "algorithm": config.algorithm,
-                "temperature": config.rollouts.temperature,
-                "seed": config.run.seed,
-                "rank": rank,
-                "world_size": processes.count,
-                "device": processes.device,
-                "num_threads": processes.threads,
-                "transport": transport,
-            }
+    Raises:
+        GangError: from every method, when a rank failed, died or was late.
+    """
 
-        self._gang = Gang(_Rank, arguments, processes, ready_timeout_s=config.placement.ready_timeout_s)
-        self._ready_timeout_s = config.placement.ready_timeout_s
+    def __init__(self, ranks: Ranks, *, timeout_s: float, ready_timeout_s: float) -> None:
+        self._ranks = ranks
+        self._timeout_s = timeout_s
+        self._ready_timeout_s = ready_timeout_s
 
     def wait_ready(self) -> None:
         """Wait until every rank has built its model and joined the process group."""
-        ready = [rank.ping.remote() for rank in self._gang.ranks]
-        self._gang.call(ready, what="starting the learner", timeout_s=self._ready_timeout_s)
+        calls = [rank.ping.remote() for rank in self._ranks.actors]
+        self._ranks.gather(calls, what="starting the learner", timeout_s=self._ready_timeout_s)
 
-    def step(self, batch: Batch) -> dict[str, float]:
-        """Train on one batch; return the step's metrics."""
-        started = time.perf_counter()
-        plan = self.controller.plan(batch.step, batch.samples)
-        calls = [rank.step_on.remote(plan, *batch.tables) for rank in self._gang.ranks]
-        metrics: dict[str, float] = self._gang.call(calls, what=f"step {batch.step}", timeout_s=self._timeout_s)[0]
-        metrics |= self.controller.metrics(plan, batch.samples)
-        self.controller.observe(plan, batch.samples)
-        return metrics | {"learn_s": time.perf_counter() - started}
+    def check(self) -> None:
+        """Make sure that every rank lives and answers."""
+        self._call([rank.ping.remote() for rank in self._ranks.actors], "looking after the learner")
 
-    def publish(self, version: int, *, incarnation: int = 0) -> Publication:
+    def step(self, plan: StepPlan, tables: Sequence[Any]) -> dict[str, float] | Skipped:
+        """Learn from one batch: SCORED tables, or references to them, in any order."""
+        references = [ray.put(table) if isinstance(table, pa.Table) else table for table in tables]
+        calls = [rank.step_on.remote(plan, *references) for rank in self._ranks.actors]
+        answer: dict[str, float] | Skipped = self._call(calls, f"learning step {plan.step}")[0]
+        return answer
+
+    def publish(self, version: int, incarnation: int) -> Publication:
         """Gather the weights and make them available as `version`."""
-        calls = [rank.publish.remote(version, incarnation) for rank in self._gang.ranks]
-        publication: Publication = self._gang.call(
-            calls, what=f"publishing version {version}", timeout_s=self._timeout_s
-        )[0]
+        calls = [rank.publish.remote(version, incarnation) for rank in self._ranks.actors]
+        publication: Publication = self._call(calls, f"publishing version {version}")[0]
         return publication
 
-    def save(self, directory: str) -> None:
-        """Write the ranks' and the controller's state into a directory."""
-        calls = [rank.save_state.remote(directory) for rank in self._gang.ranks]
-        self._gang.call(calls, what="saving the learner", timeout_s=self._timeout_s)
-        with open(os.path.join(directory, _CONTROLLER), "w", encoding="utf-8") as file:
-            json.dump(self.controller.state_dict(), file)
+    def begin_save(self, directory: str) -> None:
+        """Copy the state into the ranks' memory, from where they write it into a directory meanwhile."""
+        self._call([rank.begin_save.remote(directory) for rank in self._ranks.actors], "gathering the learner's state")
+
+    def finish_save(self) -> list[str]:
+        """Wait until the state is written; return the names of all ranks' files.
+
+        Raises:
+            OSError: when a rank could not write; the ranks are as good as before.
+        """
+        try:
+            names = self._call(
+                [rank.finish_save.remote() for rank in self._ranks.actors], "writing the learner's state"
+            )
+        except GangError as error:
+            if isinstance(error.cause, OSError):
+                raise error.cause from error
+            raise
+        return [name for of_rank in names for name in of_rank]
 
     def load(self, directory: str) -> None:
-        """Restore what `save` wrote."""
-        calls = [rank.load_state.remote(directory) for rank in self._gang.ranks]
-        self._gang.call(calls, what="restoring the learner", timeout_s=self._timeout_s)
-        with open(os.path.join(directory, _CONTROLLER), encoding="utf-8") as file:
-            self.controller.load_state_dict(json.load(file))
+        """Restore what was saved."""
+        self._call([rank.load_state.remote(directory) for rank in self._ranks.actors], "restoring the learner")
 
     def export(self, directory: str) -> None:
         """Write the policy as a directory that `from_pretrained` loads."""
-        calls = [rank.export_policy.remote(directory) for rank in self._gang.ranks]
-        self._gang.call(calls, what="exporting the policy", timeout_s=self._timeout_s)
+        self._call([rank.export_policy.remote(directory) for rank in self._ranks.actors], "exporting the policy")
 
     def close(self) -> None:
         """End the ranks."""
-        self._gang.close()
+        self._ranks.close()
+
+    def _call(self, references: list[Any], what: str) -> list[Any]:
+        return self._ranks.gather(references, what=what, timeout_s=self._timeout_s)
+
+
+class LearnerStarter:
+    """Starts a gang, and another one in its place when it is lost.
+
+    Args:
+        config: the run's.
+        model_dir: where the ranks' model comes from.
+        processes: how many, with what.
+        transport: for the weights they publish.
+    """
+
+    def __init__(self, config: RunConfig, *, model_dir: str, processes: Processes, transport: WeightTransport) -> None:
+        self._config = config
+        self._model_dir = model_dir
+        self._transport = transport
+        self._place = GangPlace(processes, ready_timeout_s=config.placement.ready_timeout_s)
+
+    def __call__(self) -> LearnerGang:
+        """Start the processes, without waiting for them.
+
+        Raises:
+            PlacementError: when the cluster cannot hold them in time.
+            GangError: when their node fails meanwhile.
+        """
+        timeout_s = self._config.pipeline.timeout_s
+        ranks = Ranks(_Rank, self._arguments, self._place, group_timeout_s=timeout_s)
+        return LearnerGang(ranks, timeout_s=timeout_s, ready_timeout_s=self._config.placement.ready_timeout_s)
+
+    def close(self) -> None:
+        """Free the place."""
+        self._place.close()
+
+    def _arguments(self, rank: int) -> dict[str, Any]:
+        config, processes = self._config, self._place.processes
+        return {
+            "model_dir": self._model_dir,
+            "policy": config.policy,
+            "learner": config.learner,
+            "algorithm": config.algorithm,
+            "temperature": config.rollouts.temperature,
+            "seed": config.run.seed,
+            "rank": rank,
+            "world_size": processes.count,
+            "device": processes.device,
+            "num_threads": processes.threads,
+            "transport": self._transport,
+        }

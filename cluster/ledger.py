@@ -1,10 +1,16 @@
 """Exactly-once accounting of groups: each accepted group is in one state, and nothing leaves unnamed.
 
-Pure: no clock, no Ray, no files.  TRAINED becomes durable with the checkpoint that holds the ledger's snapshot; a
-resume starts from the snapshot, so groups trained after it are simply accepted again.
+    ACCEPTED -> LEASED -> GENERATED -> SCORED -> BATCHED -> TRAINED
+                LEASED, GENERATED -> LEASED: the lease was lost and is issued again, under a fresh id
+                any of the first five -> DROPPED | QUARANTINED
+
+Pure: no clock, no Ray, no files.  Memory is constant in the number of groups that ended.  TRAINED becomes durable with
+the checkpoint that holds the ledger's snapshot; a resume starts from the snapshot, so groups trained after it are
+simply accepted again.  Every transition is recorded for `ledger_store.py`, which explains a run and decides nothing.
 """
 
 from collections import Counter
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
@@ -22,97 +28,198 @@ class GroupState(StrEnum):
     QUARANTINED = "quarantined"
 
 
-_NEXT = {
-    GroupState.ACCEPTED: {GroupState.LEASED},
-    GroupState.LEASED: {GroupState.GENERATED, GroupState.LEASED},
-    GroupState.GENERATED: {GroupState.SCORED},
-    GroupState.SCORED: {GroupState.BATCHED},
-    GroupState.BATCHED: {GroupState.TRAINED},
-}
-_ENDS = {GroupState.DROPPED, GroupState.QUARANTINED}
-_FINAL = {GroupState.TRAINED, *_ENDS}
+FINAL = (GroupState.TRAINED, GroupState.DROPPED, GroupState.QUARANTINED)
+"""States that end a group."""
+
+_IN_FLIGHT = frozenset(GroupState) - frozenset(FINAL)
+_LEASABLE = frozenset({GroupState.ACCEPTED, GroupState.LEASED, GroupState.GENERATED})
+_MAX_REASONS = 100
+"""Reasons counted by name; those that come later are counted together, so that memory stays constant."""
+_MAX_REASON_LENGTH = 200
 
 
 class LedgerError(RuntimeError):
     """A group took a step that no group may take: a mistake in the pipeline."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Transition:
+    """A group's state and how it got there; None is what a state does not have."""
+
+    group_id: str
+    state: GroupState
+    lease_id: int | None
+    """Of the group's last lease, as are the next three."""
+    worker: str | None
+    version: int | None
+    incarnation: int | None
+    step: int | None
+    """The step that the group was batched for."""
+    reason: str | None
+    """Why the group was dropped or quarantined."""
+
+
 class Ledger:
     """States of the groups in flight, and counts of those that ended.
 
-    Example: accept("0/a"), lease("0/a") -> 1, move("0/a", GENERATED), ..., move("0/a", TRAINED) gives
-    accepted 1, trained 1, in flight 0.
+    Example: accept("0/a"), lease("0/a", "rollout-0.0", 3, 0) -> 1, generated("0/a", 1), scored("0/a", 1),
+    batch("0/a", 4), train("0/a", 4) gives accepted 1, trained 1, in flight 0.
     """
 
     def __init__(self) -> None:
-        self._states: dict[str, GroupState] = {}
+        self._groups: dict[str, Transition] = {}
+        """The last transition of each group in flight, in the order in which they were accepted."""
         self._ended: Counter[GroupState] = Counter()
         self._reasons: Counter[str] = Counter()
         self._num_accepted = 0
         self._num_leases = 0
+        self._transitions: list[Transition] = []
 
     def accept(self, group_id: str) -> None:
         """Take responsibility for a group."""
-        if group_id in self._states:
-            raise LedgerError(f"group {group_id} must be accepted once, and is already {self._states[group_id]}")
-        self._states[group_id] = GroupState.ACCEPTED
+        if group_id in self._groups:
+            raise LedgerError(f"group {group_id} must be accepted once, and is already {self._groups[group_id].state}")
         self._num_accepted += 1
+        self._put(_accepted(group_id))
 
-    def lease(self, group_id: str) -> int:
-        """Hand a group to a worker; return the lease's fresh id."""
-        self._advance(group_id, GroupState.LEASED)
+    def lease(self, group_id: str, worker: str, version: int, incarnation: int) -> int:
+        """Hand a group to a worker with weights of a version; return the lease's fresh id.
+
+        Also for a group whose lease was lost, or whose generated rows were: what its earlier lease answers from now on
+        is late.
+        """
+        group = self._expect(group_id, _LEASABLE, GroupState.LEASED)
         self._num_leases += 1
-        return self._num_leases
+        lease_id = self._num_leases
+        self._put(
+            replace(
+                group,
+                state=GroupState.LEASED,
+                lease_id=lease_id,
+                worker=worker,
+                version=version,
+                incarnation=incarnation,
+            )
+        )
+        return lease_id
 
-    def move(self, group_id: str, state: GroupState) -> None:
-        """Take a group to its next state."""
-        self._advance(group_id, state)
+    def generated(self, group_id: str, lease_id: int) -> None:
+        """Record that the group's current lease has generated its samples."""
+        self._answer(group_id, lease_id, GroupState.LEASED, GroupState.GENERATED)
+
+    def scored(self, group_id: str, lease_id: int) -> None:
+        """Record that the samples of the group's current lease are judged."""
+        self._answer(group_id, lease_id, GroupState.GENERATED, GroupState.SCORED)
+
+    def batch(self, group_id: str, step: int) -> None:
+        """Record that a group is part of a step's batch."""
+        group = self._expect(group_id, {GroupState.SCORED}, GroupState.BATCHED)
+        self._put(replace(group, state=GroupState.BATCHED, step=step))
+
+    def replay(self, group_id: str, lease_id: int, step: int) -> None:
+        """Take an accepted group straight to BATCHED: its judged rows were read from the redo log.
+
+        Leases handed out from now on have ids above the one in those rows.
+        """
+        group = self._expect(group_id, {GroupState.ACCEPTED}, GroupState.BATCHED)
+        self._num_leases = max(self._num_leases, lease_id)
+        self._put(replace(group, state=GroupState.BATCHED, lease_id=lease_id, step=step))
+
+    def train(self, group_id: str, step: int) -> None:
+        """Record that the learner has stepped on a group's batch."""
+        group = self._expect(group_id, {GroupState.BATCHED}, GroupState.TRAINED)
+        if group.step != step:
+            raise LedgerError(f"group {group_id} must be trained in the step of its batch, {group.step}, got {step}")
+        self._put(replace(group, state=GroupState.TRAINED))
 
     def end(self, group_id: str, state: GroupState, reason: str) -> None:
         """End a group as DROPPED or QUARANTINED for a named reason."""
-        self._advance(group_id, state)
-        self._reasons[f"{state}: {reason}"] += 1
+        if state not in (GroupState.DROPPED, GroupState.QUARANTINED):
+            raise LedgerError(f"group {group_id} must end as dropped or quarantined, got {state}")
+        group = self._expect(group_id, _IN_FLIGHT, state)
+        name = f"{state}: {reason}"[:_MAX_REASON_LENGTH]
+        is_known = name in self._reasons or len(self._reasons) < _MAX_REASONS
+        self._reasons[name if is_known else f"{state}: other reasons"] += 1
+        self._put(replace(group, state=state, reason=reason))
+
+    def state(self, group_id: str) -> GroupState | None:
+        """Return where a group in flight is; None for any other."""
+        group = self._groups.get(group_id)
+        return group.state if group else None
 
     def counts(self) -> dict[str, int]:
-        """Return accepted, trained, dropped, quarantined and in_flight; the first is the sum of the others."""
+        """Return accepted, trained, dropped, quarantined and in_flight; the first is the sum of the others.
+
+        Raises:
+            LedgerError: when it is not.
+        """
         counts = {
             "accepted": self._num_accepted,
-            "trained": self._ended[GroupState.TRAINED],
-            "dropped": self._ended[GroupState.DROPPED],
-            "quarantined": self._ended[GroupState.QUARANTINED],
-            "in_flight": len(self._states),
+            **{str(state): self._ended[state] for state in FINAL},
+            "in_flight": len(self._groups),
         }
-        total = sum(counts.values()) - counts["accepted"]
-        if total != counts["accepted"]:
+        if 2 * counts["accepted"] != sum(counts.values()):
             raise LedgerError(f"accepted groups must be trained, dropped, quarantined or in flight, got {counts}")
         return counts
 
+    def take_transitions(self) -> list[Transition]:
+        """Return the transitions since the last call, in order."""
+        taken, self._transitions = self._transitions, []
+        return taken
+
     def snapshot(self) -> dict[str, Any]:
-        """Return plain data for the checkpoint; it is taken between steps, when nothing is in flight."""
-        if self._states:
-            raise LedgerError(f"a snapshot must be taken with nothing in flight, got {len(self._states)} groups")
+        """Return plain data for the checkpoint."""
         return {
             "accepted": self._num_accepted,
             "leases": self._num_leases,
-            "ended": {str(state): count for state, count in self._ended.items()},
+            "ended": {str(state): self._ended[state] for state in FINAL},
             "reasons": dict(self._reasons),
+            "in_flight": {group_id: str(group.state) for group_id, group in self._groups.items()},
         }
 
     def restore(self, snapshot: dict[str, Any]) -> None:
-        """Continue from a checkpoint's snapshot."""
-        self._states = {}
+        """Continue from a checkpoint's snapshot; groups that were in flight come back as ACCEPTED."""
         self._num_accepted = snapshot["accepted"]
         self._num_leases = snapshot["leases"]
         self._ended = Counter({GroupState(state): count for state, count in snapshot["ended"].items()})
         self._reasons = Counter(snapshot["reasons"])
+        self._groups, self._transitions = {}, []
+        for group_id in snapshot["in_flight"]:
+            self._put(_accepted(group_id))
 
-    def _advance(self, group_id: str, state: GroupState) -> None:
-        current = self._states.get(group_id)
-        allowed = _NEXT.get(current, set()) | _ENDS if current else set()
-        if state not in allowed:
-            raise LedgerError(f"group {group_id} cannot go from {current} to {state}")
-        if state in _FINAL:
-            del self._states[group_id]
-            self._ended[state] += 1
+    def _answer(self, group_id: str, lease_id: int, before: GroupState, after: GroupState) -> None:
+        group = self._expect(group_id, {before}, after)
+        if group.lease_id != lease_id:
+            raise LedgerError(
+                f"group {group_id} must be {after} by its current lease, {group.lease_id}, got lease {lease_id}; "
+                "a late reply must be fenced before it gets here"
+            )
+        self._put(replace(group, state=after))
+
+    def _expect(self, group_id: str, before: set[GroupState] | frozenset[GroupState], after: GroupState) -> Transition:
+        group = self._groups.get(group_id)
+        if group is None or group.state not in before:
+            current = group.state if group else "not in flight"
+            raise LedgerError(f"group {group_id} must be {' or '.join(sorted(before))} to become {after}, is {current}")
+        return group
+
+    def _put(self, group: Transition) -> None:
+        self._transitions.append(group)
+        if group.state in FINAL:
+            del self._groups[group.group_id]
+            self._ended[group.state] += 1
         else:
-            self._states[group_id] = state
+            self._groups[group.group_id] = group
+
+
+def _accepted(group_id: str) -> Transition:
+    return Transition(
+        group_id=group_id,
+        state=GroupState.ACCEPTED,
+        lease_id=None,
+        worker=None,
+        version=None,
+        incarnation=None,
+        step=None,
+        reason=None,
+    )

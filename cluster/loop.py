@@ -14,7 +14,7 @@ def train(run: Run) -> None:
 def train_step(run: Run, step: int) -> dict[str, float]:
     """Sample, judge, learn, publish, and account for it; return the step's metrics."""
     batch = run.take_batch(step)
-    result = run.learner.step(batch)
+    result = run.learn(batch)
     run.publish(step)
     run.evaluate_if_due(step)
     metrics = run.record(step, batch, result)

@@ -12,6 +12,7 @@ import threading
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from actors import faults
 from cluster.config import RunConfig
 
 ENVIRONMENT = {
@@ -53,8 +54,9 @@ class Processes:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Return the environment variables of these processes."""
-        return ENVIRONMENT if self.gpus else CPU_ENVIRONMENT
+        """Return the environment variables of these processes; the driver's planned faults are theirs too."""
+        planned = {name: os.environ[name] for name in faults.VARIABLES if name in os.environ}
+        return (ENVIRONMENT if self.gpus else CPU_ENVIRONMENT) | planned
 
     def options(self) -> dict[str, Any]:
         """Return Ray actor options."""
@@ -122,6 +124,7 @@ def join_cluster(config: RunConfig) -> tuple[int, int]:
     import ray
 
     if not ray.is_initialized():
+        on_sigterm = signal.getsignal(signal.SIGTERM)
         ray.init(
             address=config.placement.address,
             namespace="concord",
@@ -129,6 +132,8 @@ def join_cluster(config: RunConfig) -> tuple[int, int]:
             logging_level=logging.WARNING,
         )
         interrupt_on_sigterm()  # Ray has put a handler of its own there
+        if callable(on_sigterm) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_sigterm)
     nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
     return max(1, sum(nodes)), min((count for count in nodes if count), default=1)
 

@@ -1,21 +1,146 @@
-"""Processes that do the work: independent workers in a pool, ranks that live and die together in a gang.
+"""Ray actors as the pipeline's workers, and what their failures mean.
 
-All of Ray's actor handling is here; the wrapped classes are plain and know nothing of Ray.
+The wrapped classes are plain and know nothing of Ray.  Nothing here waits or decides: calls go out, answers come in on
+Ray's own thread, and when to kill, start again or retry is the dispatcher's business.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import secrets
+import textwrap
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any, Protocol
 
+import pyarrow as pa
 import ray
+from ray import exceptions
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
-from ray.util.placement_group import remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from cluster.placement import PlacementError, Processes, place_gang
+from actors.rollout_worker import Lease, RolloutError
+from cluster.messages import Call, Failure, FailureKind, Reply, Role, Verb, WorkerId
+from cluster.placement import Processes
+
+_LONGEST_TEXT = 600
+
+# What a call to a process that is gone answers.  Ray's memory monitor kills the process, and each later call to it
+# answers OutOfMemoryError again.
+_GONE = (
+    RayActorError,
+    exceptions.LocalRayletDiedError,
+    exceptions.NodeDiedError,
+    exceptions.OutOfMemoryError,
+    exceptions.OwnerDiedError,
+    exceptions.WorkerCrashedError,
+)
+_MACHINERY = (
+    RolloutError,
+    TimeoutError,  # GetTimeoutError is one
+    ConnectionError,
+    exceptions.ObjectLostError,
+    exceptions.ObjectStoreFullError,
+    exceptions.OutOfDiskError,
+    exceptions.RpcError,
+)
 
 
 class WorkerError(RuntimeError):
     """A worker process failed, died or missed its deadline; the message names it and what it was doing."""
+
+
+class GroupWork(Protocol):
+    """What GENERATE brings: one prompt, and the order that an attempt at it gets."""
+
+    @property
+    def table(self) -> pa.Table:
+        """PROMPTS, one row."""
+
+    def lease(self, lease_id: int, incarnation: int) -> Lease:
+        """Return one attempt's order."""
+
+
+class RayWorkers:
+    """The `Workers` of a run: one Ray actor for each process, restarted and retried by nobody but the dispatcher.
+
+    Example: reward-1.2, the third process of slot 1, of the run "walks" is the actor "walks-3fa2c1/reward-1.2" on Ray's
+    dashboard.  Its SCORE answers (reference to a SCORED table, SAMPLES table), or a `Failure`.
+
+    Args:
+        specs: role -> worker class, its constructor's arguments, and what its processes may use.
+        run: a name for Ray's dashboard.
+    """
+
+    def __init__(self, specs: Mapping[Role, tuple[type, Mapping[str, Any], Processes]], *, run: str = "run") -> None:
+        self._specs = dict(specs)
+        self._prefix = f"{run}-{secrets.token_hex(3)}"  # names are unique on a cluster, and runs may share one
+        self._actors: dict[WorkerId, Any] = {}
+
+    def start(self, worker: WorkerId) -> None:
+        """Create a process; whether it has a place and comes up shows in its answer to READY."""
+        worker_class, arguments, processes = self._specs[worker.role]
+        actor_class: Any = ray.remote(worker_class)
+        options = processes.options() | {"name": f"{self._prefix}/{worker}"}
+        self._actors[worker] = actor_class.options(**options).remote(**arguments)
+
+    def kill(self, worker: WorkerId) -> None:
+        """End a process, also one that is stopped; one that is gone already is no error.
+
+        Its calls in flight answer at once.  A stopped process does not take the request, so Ray sends it SIGKILL 5 s
+        later, and only then are its CPUs and GPUs free for the next life.
+        """
+        actor = self._actors.pop(worker, None)
+        if actor is not None:
+            ray.kill(actor)
+
+    def call(self, call: Call, reply: Reply) -> None:
+        """Send a call; `reply` gets the value, or a pair of a reference to the large and the small value itself."""
+        *tables, answer = self._send(self._actors[call.worker], call)
+
+        def settle(future: "Future[Any]") -> None:
+            error = future.exception()
+            if error is None:
+                reply(call.call_id, (*tables, future.result()) if tables else future.result())
+                return
+            for table in tables:  # it holds the same error, and Ray prints errors that nobody has looked at
+                table.future()
+            reply(call.call_id, failure(error))
+
+        answer.future().add_done_callback(settle)
+
+    def close(self) -> None:
+        """End all processes."""
+        for worker in list(self._actors):
+            self.kill(worker)
+
+    def _send(self, actor: Any, call: Call) -> Sequence[Any]:
+        """Return the references to what the worker returns, the small one last."""
+        match call.verb:
+            case Verb.READY | Verb.PING:
+                return [actor.ping.remote()]
+            case Verb.LOAD:
+                return [actor.update_weights.remote(call.payload)]
+            case Verb.SCORE:
+                scored: Sequence[Any] = actor.score.options(num_returns=2).remote(call.payload[0])
+                return scored
+            case Verb.GENERATE:
+                assert call.lease is not None, "a group is generated under a lease"
+                work: GroupWork = call.payload
+                lease = work.lease(call.lease.lease_id, call.lease.weights.incarnation)
+                rollouts: Sequence[Any] = actor.generate.options(num_returns=2).remote(work.table, lease)
+                return rollouts
+
+
+def failure(error: BaseException) -> Failure:
+    """Return what an exception that Ray hands out says about a worker: gone, let down by the machinery, or at fault."""
+    if isinstance(error, RayTaskError):  # the worker lives, and this is what it raised
+        cause = error.cause
+        kind = FailureKind.INFRA if isinstance(cause, _GONE + _MACHINERY) else FailureKind.DATA
+        return Failure(kind=kind, text=_one_line(f"{type(cause).__name__}: {cause}"))
+    if isinstance(error, RayActorError):
+        kind = FailureKind.DATA if error.actor_init_failed else FailureKind.DIED
+        return Failure(kind=kind, text=_one_line(_essence(error)))
+    text = _one_line(f"{type(error).__name__}: {error}")
+    if isinstance(error, _GONE):
+        return Failure(kind=FailureKind.DIED, text=text)
+    return Failure(kind=FailureKind.INFRA if isinstance(error, _MACHINERY) else FailureKind.DATA, text=text)
 
 
 def fetch(references: Any, *, what: str, timeout_s: float | None) -> Any:
@@ -39,121 +164,18 @@ def fetch(references: Any, *, what: str, timeout_s: float | None) -> Any:
 
 
 def _essence(error: RayActorError) -> str:
-    """Return the line that says what happened: the last one of a traceback, the first one otherwise."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    is_traceback = any(line.startswith(('File "', "Traceback")) for line in lines)
-    return lines[-1 if is_traceback else 0] if lines else type(error).__name__
+    """Return what a constructor raised, or why Ray says that the process is gone."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    frames = [index for index, line in enumerate(lines) if line.startswith('  File "')]
+    if error.actor_init_failed and frames:
+        # A traceback: what was raised begins at the margin after the last frame and may have several lines.
+        said = (index for index in range(frames[-1] + 1, len(lines)) if not lines[index].startswith(" "))
+        return "\n".join(lines[next(said, -1) :])
+    reasons = [line for line in lines if line.startswith("The actor is dead because")]
+    return (reasons or lines)[0].partition(" Some common causes")[0]
 
 
-class WorkerPool:
-    """Independent workers of one role; each call goes to the one with the fewest calls in flight."""
-
-    def __init__(self, worker_class: type, arguments: Mapping[str, Any], processes: Processes) -> None:
-        self.role = processes.role
-        actor_class: Any = ray.remote(worker_class)
-        self.workers: list[Any] = [
-            actor_class.options(**processes.options()).remote(**arguments) for _ in range(processes.count)
-        ]
-        self._in_flight = [0] * processes.count
-
-    def wait_ready(self, timeout_s: float) -> None:
-        """Wait until every worker answers.
-
-        Raises:
-            PlacementError: when some have no place or are not ready in time.
-        """
-        waiting = [worker.ping.remote() for worker in self.workers]
-        ready, late = ray.wait(waiting, num_returns=len(waiting), timeout=timeout_s)
-        fetch(ready, what=f"starting the {self.role} workers", timeout_s=timeout_s)  # a failure explains the late ones
-        if late:
-            raise PlacementError(
-                f"{len(late)} of {len(waiting)} {self.role} workers must be ready within {timeout_s:g} s and are not; "
-                f"the cluster has {ray.available_resources()} free of {ray.cluster_resources()}; add nodes or raise "
-                "placement.ready_timeout_s"
-            )
-
-    def take(self) -> int:
-        """Return the index of the worker to call next, and count the call."""
-        index = min(range(len(self.workers)), key=self._in_flight.__getitem__)
-        self._in_flight[index] += 1
-        return index
-
-    def give_back(self, index: int) -> None:
-        """Say that a call to a worker has ended."""
-        self._in_flight[index] -= 1
-
-    def close(self) -> None:
-        """End the processes."""
-        for worker in self.workers:
-            ray.kill(worker)
-
-
-class Gang:
-    """Ranks of one process group, in one placement group; one call goes to all of them."""
-
-    def __init__(
-        self,
-        rank_class: type,
-        arguments: Callable[[int], Mapping[str, Any]],
-        processes: Processes,
-        *,
-        ready_timeout_s: float,
-    ) -> None:
-        self._placement_group = place_gang(processes, timeout_s=ready_timeout_s)
-        try:
-            address, port = self._rendezvous()
-        except BaseException:
-            remove_placement_group(self._placement_group)
-            raise
-        actor_class: Any = ray.remote(rank_class)
-        self.ranks: list[Any] = []
-        for rank in range(processes.count):
-            variables = {
-                "RANK": str(rank),
-                "LOCAL_RANK": "0",  # Ray shows each rank only its own GPU
-                "WORLD_SIZE": str(processes.count),
-                "MASTER_ADDR": address,
-                "MASTER_PORT": str(port),
-            }
-            options = processes.options() | {
-                "runtime_env": {"env_vars": processes.environment | variables},
-                "scheduling_strategy": self._strategy(rank),
-            }
-            self.ranks.append(actor_class.options(**options).remote(**arguments(rank)))
-
-    def call(self, references: Sequence[Any], *, what: str, timeout_s: float) -> list[Any]:
-        """Return every rank's answer, in rank order; the first failure of any rank ends the wait for the others."""
-        waiting = list(references)
-        while waiting:
-            ready, waiting = ray.wait(waiting, timeout=timeout_s)
-            if not ready:
-                raise WorkerError(f"{what} must finish within {timeout_s:g} s and did not; raise pipeline.timeout_s")
-            fetch(ready, what=what, timeout_s=timeout_s)
-        answers: list[Any] = fetch(list(references), what=what, timeout_s=timeout_s)
-        return answers
-
-    def close(self) -> None:
-        """End the processes and free their places."""
-        for rank in self.ranks:
-            ray.kill(rank)
-        remove_placement_group(self._placement_group)
-
-    def _strategy(self, bundle: int) -> PlacementGroupSchedulingStrategy:
-        return PlacementGroupSchedulingStrategy(self._placement_group, placement_group_bundle_index=bundle)
-
-    def _rendezvous(self) -> tuple[str, int]:
-        """Return an address of rank 0's node and a port that is free there."""
-        # The bundle's own node answers; a single node stays on the loopback interface.
-        is_alone = len(ray.nodes()) == 1
-        task = ray.remote(num_cpus=0, scheduling_strategy=self._strategy(0))(_address_and_free_port)
-        answer: tuple[str, int] = fetch(task.remote(is_alone), what="finding rank 0's address", timeout_s=120)
-        return answer
-
-
-def _address_and_free_port(is_alone: bool) -> tuple[str, int]:
-    import socket
-
-    address = "127.0.0.1" if is_alone else ray.util.get_node_ip_address()
-    with socket.socket() as probe:
-        probe.bind((address, 0))
-        return address, probe.getsockname()[1]
+def _one_line(text: str) -> str:
+    """Return a text for messages and records: one line, no control characters, not too long."""
+    text = "".join(character if character.isprintable() else " " for character in text)
+    return textwrap.shorten(text, _LONGEST_TEXT, placeholder=" ...")

@@ -10,7 +10,8 @@
 A thin shell: the run, its processes and its directory are those of `concord train`, one `train()` is one step of the
 loop, and RLlib's own workers, learners and modules are not used.  The run directory is the checkpoint: one that RLlib
 writes holds the configuration and names that directory, and restoring continues from the run's own last checkpoint
-there (`run.checkpoint_every`).  RLlib writes its checkpoints as pickles; load only your own.
+there, which is written whenever RLlib saves and as `run.checkpoint_every` says.  RLlib writes its checkpoints as
+pickles; load only your own.
 
 Tune moves each trial into a directory of its own; RAY_CHDIR_TO_TRIAL_DIR=0 lets relative paths keep their meaning.
 """
@@ -179,8 +180,9 @@ class RLHF(Algorithm):
         return []
 
     def get_state(self, components: Any = None, *, not_components: Any = None, **kwargs: Any) -> dict[str, Any]:
-        """Return where the run's state is."""
+        """Save the run at the end of its last step, and return where its state is."""
         assert self._run is not None, "RLlib saves after setup"
+        self._run.save()
         return {"run_dir": self._run.storage.directory, "step": self._run.step}
 
     def set_state(self, state: dict[str, Any]) -> None:

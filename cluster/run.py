@@ -1,43 +1,95 @@
 """A training run: a session with a directory of its own, and the verbs of the loop (`loop.py`)."""
 
 import json
-import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import TypeVar
 
 from cluster.claim import claim
+from cluster.interrupt import StopRequest
+from cluster.ledger_store import LedgerStore
 from cluster.metrics import Recorder
 from cluster.pipeline import Batch
+from cluster.pipeline_core import LedgerJournal, WeightsLostError
+from cluster.recovery import DurableIncarnations, StepResult
+from cluster.redo import RedoError
 from cluster.session import STATE_FILE, Session
+from cluster.status import LEDGER_FILE
+from cluster.storage import StorageError
+
+NON_FINITE = "non_finite"
+"""Why the groups of a skipped step are dropped."""
+
+Answer = TypeVar("Answer")
+
+
+class Stopped(KeyboardInterrupt):
+    """A stop was requested, and the run is at the end of a step."""
 
 
 class Run(Session):
-    """A session that trains and keeps records.  Leaving it ends every process and closes the directory."""
+    """A session that trains and keeps records.  Leaving it ends every process and closes the directory.
+
+    Leaving it because of `Stopped` saves the last finished step first.
+    """
 
     recorder: Recorder
-    _evaluated: dict[str, float]
+    stop: StopRequest
     _step_started: float
+    _evaluated: dict[str, float]
 
     def __enter__(self) -> "Run":
         return self
 
+    def __exit__(self, *exception: object) -> None:
+        try:
+            if isinstance(exception[1], Stopped):
+                self.save()
+                self.display.say(f"stopped after step {self.step}; the same command continues the run")
+        finally:
+            self.close()
+
     def steps(self) -> Iterator[int]:
-        """Yield the steps that are left, the first one after the last checkpoint."""
+        """Yield the steps that are left, the first one after the last checkpoint.
+
+        Raises:
+            Stopped: between two steps, when a stop is requested.
+        """
         with self.display.training(self.step, self.config.run.num_steps):
             while self.step < self.config.run.num_steps:
+                if self.stop.requested:
+                    raise Stopped
                 self._step_started = time.perf_counter()
                 yield self.step + 1
 
     def take_batch(self, step: int) -> Batch:
-        """Return the step's judged groups, already on disk: what the learner sees can always be read again."""
-        batch = self.pipeline.take_batch(step)
-        self.storage.write_table(self.tables(batch), "rollouts", f"step-{step}.parquet")
+        """Return the step's judged groups, already on disk: what the learner sees can always be read again.
+
+        A step that is on disk from before, because the run stopped after it was judged, is not generated again.
+
+        Raises:
+            Stopped: when a stop is requested while it waits.
+        """
+        if self.redo.has(step) and (batch := self._from_redo_log(step)) is not None:
+            return batch
+        try:
+            with self.stop.interruptible():
+                batch = self._asking(lambda: self.pipeline.take_batch(step), version=step - 1)
+        except KeyboardInterrupt:
+            raise Stopped from None
+        self.redo.write(batch, self.tables(batch))
         return batch
+
+    def learn(self, batch: Batch) -> StepResult:
+        """Train on a batch; the checkpoint that the ranks have been writing meanwhile is completed before."""
+        self._finish_checkpoint()
+        return self.learner.step(batch)
 
     def evaluate_start(self) -> None:
         """Evaluate the policy before training; a resumed run has done so."""
         if self.step == 0 and not self.recorder.rows and self.held_out:
-            row = self.evaluate(0)
+            with self.stop.interruptible():
+                row = self.evaluate(0)
             self.recorder.record(0, {"policy_version": 0, **row})
             self.display.step({"step": 0, **row}, self.config.run.num_steps)
 
@@ -48,62 +100,170 @@ class Run(Session):
 
     def evaluate(self, version: int) -> dict[str, float]:
         """Evaluate the current policy and keep its answers in the run directory."""
-        batch, metrics = self.answer_held_out(version)
+        batch, metrics = self._asking(lambda: self.answer_held_out(version), version=version)
         self.storage.write_table(self.tables(batch), "evaluation", f"step-{version}.parquet")
         return metrics
 
-    def record(self, step: int, batch: Batch, result: Mapping[str, float]) -> dict[str, float]:
+    def record(self, step: int, batch: Batch, result: StepResult) -> dict[str, float]:
         """Account for a step: ledger, metrics row, progress."""
-        self.pipeline.mark_trained(batch)
-        counts = self.pipeline.ledger.counts()
+        self._counts = self.pipeline.settle(batch, dropped=None if result.skipped is None else NON_FINITE)
+        self._state = self.pipeline.state_dict()
+        self._is_skipped = result.skipped is not None
         metrics = {
             "policy_version": step,
-            **result,
+            **result.metrics,
             **self._evaluated,
             "generate_s": batch.generate_s,
             "score_s": batch.score_s,
             "publish_s": self.publish_s,
             "step_s": time.perf_counter() - self._step_started,
-            **{f"groups_{name}": count for name, count in counts.items()},
+            **{f"groups_{name}": count for name, count in self._counts.items()},
+            **{f"faults_{name}": count for name, count in self._fault_counts().items()},
         }
-        metrics["tokens_per_s"] = metrics["num_tokens"] / metrics["step_s"]
+        if result.skipped is None:
+            metrics["tokens_per_s"] = metrics["num_tokens"] / metrics["step_s"]
+        else:
+            self.display.say(f"step {step} is skipped, its groups are dropped: {result.skipped.reason}")
         self.recorder.record(step, metrics)
         self.display.step({"step": step, **metrics}, self.config.run.num_steps)
         self.step = step
         return metrics
 
     def checkpoint_if_due(self, step: int) -> None:
-        """Save resumable state every `run.checkpoint_every` steps and after the last one."""
-        if step % self.config.run.checkpoint_every and step != self.config.run.num_steps:
-            return
-        with self.storage.writing_checkpoint(step) as directory:
-            self.learner.save(directory)
-            state = {"step": step, "model_dir": self._model_dir, "pipeline": self.pipeline.state_dict()}
-            with open(os.path.join(directory, STATE_FILE), "w", encoding="utf-8") as file:
-                json.dump(state, file)
-        self.storage.keep_checkpoints(self.config.run.keep_checkpoints)
-        self.recorder.compact()
+        """Begin to save resumable state every `run.checkpoint_every` steps and after the last one.
+
+        Never right after a skipped step, unless it is the last one: if more are skipped, the run ends, and its newest
+        checkpoint is from before.
+        """
+        is_due = step % self.config.run.checkpoint_every == 0 and not self._is_skipped
+        if is_due or step == self.config.run.num_steps:
+            self._tolerating(self._begin_checkpoint)
 
     def finish(self) -> None:
-        """Export the policy after the last step."""
+        """Export the policy after the last step, whose checkpoint must be whole.
+
+        Raises:
+            OSError: when it cannot be written.
+        """
         self.learner.export(self.storage.path("policy"))
+        self._finish_checkpoint()
+        self._save()
+
+    def save(self) -> None:
+        """Save the last finished step now, unless its checkpoint is whole already.
+
+        Never after a skipped step: what came before it, and it, are in the redo log.
+
+        Raises:
+            OSError: when it cannot be written.
+        """
+        self._finish_checkpoint()
+        if not self._is_skipped:
+            self._save()
+
+    def _asking(self, ask: Callable[[], Answer], *, version: int) -> Answer:
+        """Ask the pipeline; weights that were lost with the rank that held them are published again."""
+        for _ in range(self.config.pipeline.max_restarts):
+            try:
+                return ask()
+            except WeightsLostError as error:
+                self._num_lost_publications += 1
+                self.display.say(f"version {version} of the weights is published again: {error}")
+                self.learner.check()
+                self.publish(version)
+        return ask()
+
+    def _from_redo_log(self, step: int) -> Batch | None:
+        try:
+            batch = self.redo.read(step)
+        except RedoError as error:
+            self.display.say(f"step {step} is generated again: {error}")
+            return None
+        self.pipeline.replay_batch(batch)
+        return batch
+
+    def _fault_counts(self) -> dict[str, int]:
+        return {
+            **self.pipeline.fault_counts(),
+            "num_learner_restarts": self.learner.num_restarts,
+            "num_replayed_steps": self.learner.num_replayed,
+            "num_lost_publications": self._num_lost_publications,
+            "num_failed_checkpoints": self._num_failed_checkpoints,
+            "num_failed_ledger_writes": self._store.num_failed_writes,
+        }
+
+    def _begin_checkpoint(self) -> None:
+        state = {
+            "step": self.step,
+            "model_dir": self._model_dir,
+            "pipeline": self._state,
+            "incarnation": self.learner.incarnation,
+        }
+        self.learner.begin_checkpoint({STATE_FILE: json.dumps(state)})
+
+    def _complete_checkpoint(self) -> None:
+        step = self.learner.finish_checkpoint()
+        if step is not None:
+            self._saved = step
+            self.storage.keep_checkpoints(self.config.run.keep_checkpoints)
+            self.recorder.compact()
+
+    def _finish_checkpoint(self) -> None:
+        self._tolerating(self._complete_checkpoint)
+
+    def _tolerating(self, save: Callable[[], None]) -> None:
+        """Go on where a checkpoint cannot be written: the one before it and the redo log hold everything."""
+        try:
+            save()
+        except (OSError, StorageError) as error:
+            self._num_failed_checkpoints += 1
+            self.display.say(f"the checkpoint of step {self.step} could not be written, the run goes on: {error}")
+
+    def _save(self) -> None:
+        """Save the last finished step, unless its checkpoint is whole already."""
+        if self._saved < self.step:
+            self._begin_checkpoint()
+            self._complete_checkpoint()
 
     def _open(self) -> None:
         self._evaluated = {}
+        self._is_skipped = False
+        self._num_lost_publications = 0
+        self._num_failed_checkpoints = 0
         self._exit.callback(claim(self.storage, self.config).close)
+        self.storage.open_for_writing(self.display.say)
         super()._open()
+        self._saved = self.step
+        self._counts = self.pipeline.counts()
+        self._state = self.pipeline.state_dict()
         self.recorder = Recorder(self.storage, last_step=self.step)
         self._exit.callback(self._close_records)
+        self.stop = self._exit.enter_context(StopRequest())  # Ray has put handlers of its own there before
+
+    def _journal(self) -> LedgerJournal:
+        self._store = LedgerStore(self.storage.path(LEDGER_FILE), say=self.display.say)
+        self._store.rewind(max(self.storage.checkpoints(), default=0))  # where the session continues
+        return self._store
+
+    def _incarnations(self) -> Iterator[int]:
+        return DurableIncarnations(self.storage)
 
     def _close_records(self) -> None:
         self.recorder.close()
         quarantined = [row for source in self._sources for row in source.quarantined]
         summary = {
             "steps": self.step,
-            "groups": self.pipeline.ledger.counts(),
+            "groups": self._counts,
             "quarantined_rows": [{"file": row.file, "line": row.line, "reason": row.reason} for row in quarantined],
             "num_quarantined_rows": sum(source.num_quarantined for source in self._sources),
         }
         self.storage.write_text(json.dumps(summary, indent=1), "summary.json")
         for row in quarantined:
             self.display.say(f"quarantined {row.file}:{row.line}: {row.reason}")
+        self.display.say(_conservation(self._counts))
+
+
+def _conservation(counts: Mapping[str, int]) -> str:
+    """Return e.g. `groups: 16 accepted = 15 trained + 0 dropped + 1 quarantined + 0 in flight`."""
+    parts = " + ".join(f"{counts[name]} {name}" for name in ("trained", "dropped", "quarantined"))
+    return f"groups: {counts['accepted']} accepted = {parts} + {counts['in_flight']} in flight"

@@ -4,7 +4,9 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
+from itertools import count
 from typing import Any
 
 import pyarrow as pa
@@ -16,15 +18,21 @@ from actors.policy import PromptEncoder, load_tokenizer, max_positions
 from actors.prompts import DrawnPrompt, PromptSource
 from actors.rollout_worker import RolloutWorker
 from cluster.config import ConfigError, RunConfig
-from cluster.gang import LearnerGang
+from cluster.fleet import NotReadyError
+from cluster.gang import LearnerStarter
 from cluster.ledger import Ledger
+from cluster.messages import Role
 from cluster.pipeline import Batch, Pipeline
-from cluster.placement import Placement, join_cluster, plan_placement
-from cluster.pool import WorkerPool, fetch
+from cluster.pipeline_core import LedgerJournal, PipelineCore, Unrecorded
+from cluster.placement import Placement, PlacementError, join_cluster, plan_placement
+from cluster.pool import RayWorkers, fetch
 from cluster.progress import Display
+from cluster.recovery import RecoveringLearner
+from cluster.redo import RedoLog
 from cluster.start import prepare_policy
 from cluster.storage import RunStorage
 from cluster.transport import ObjectStoreTransport
+from learner.controller import StepController
 from reward.config import ComponentConfig, RewardConfig
 from reward.reward_worker import RewardWorker
 
@@ -38,7 +46,7 @@ class Session:
     """
 
     pipeline: Pipeline
-    learner: LearnerGang
+    learner: RecoveringLearner
     held_out: list[DrawnPrompt]
     _model_dir: str
     _sources: list[PromptSource]
@@ -49,6 +57,7 @@ class Session:
         self.storage = RunStorage(config.run.dir)
         self.step = 0
         """The last step that is done."""
+        self.redo = RedoLog(self.storage)
         self.publish_s = 0.0
         self._exit = ExitStack()
         self._exit.callback(self.display.stop)
@@ -71,13 +80,15 @@ class Session:
     def publish(self, version: int) -> None:
         """Give the learner's weights to every rollout worker as `version`."""
         started = time.perf_counter()
-        self.pipeline.take_weights(self.learner.publish(version))
+        self.pipeline.publish(self.learner.publish(version))
         self.publish_s = time.perf_counter() - started
 
     def answer_held_out(self, version: int) -> tuple[Batch, dict[str, float]]:
         """Answer and judge the held-out prompts with the current policy; return them with metrics named `eval_...`."""
         with self.display.phase(f"evaluating version {version} on {len(self.held_out)} held-out prompts"):
-            batch = self.pipeline.evaluate(self.held_out)
+            batch = self.pipeline.evaluate(version, self.held_out)
+        for group, reason in batch.quarantined.items():
+            self.display.say(f"left out of the evaluation: {group}, {reason}")
         metrics = self.learner.controller.evaluation_metrics(batch.samples)
         return batch, {f"eval_{name}": value for name, value in metrics.items()}
 
@@ -94,20 +105,28 @@ class Session:
         with self.display.phase("joining Ray"):
             cores, node_cores = join_cluster(config)
             placement = plan_placement(config, cores=cores, node_cores=node_cores)
+        checkpoint = self.storage.newest_checkpoint()
+        self.step = checkpoint[0] if checkpoint else 0
         with self.display.phase("preparing the policy"):
-            self._model_dir = self._starting_model(placement)
+            self._model_dir = self._starting_model(placement, checkpoint)
         prompts = self._read_prompts()
         with self.display.phase("starting workers"):
             self._start_processes(placement, prompts)
-        directory = self._last_checkpoint()
-        if directory is not None:
-            self._restore(directory)
+        if checkpoint is not None:
+            self._restore(*checkpoint)
         self.publish(self.step)
 
-    def _starting_model(self, placement: Placement) -> str:
-        last = self._last_checkpoint()
-        if last is not None:
-            directory: str = _read_state(last)["model_dir"]
+    def _journal(self) -> LedgerJournal:
+        """Return where the ledger's transitions are kept for people to read."""
+        return Unrecorded()
+
+    def _incarnations(self) -> Iterator[int]:
+        """Return numbers for the lineages of published weights."""
+        return count()
+
+    def _starting_model(self, placement: Placement, checkpoint: tuple[int, str] | None) -> str:
+        if checkpoint is not None:
+            directory: str = self._read_state(checkpoint[0])["model_dir"]
             if os.path.isdir(directory):
                 return directory
         return prepare_policy(self.config, learner=placement.learner)
@@ -143,57 +162,78 @@ class Session:
 
     def _start_processes(self, placement: Placement, prompts: PromptSource) -> None:
         config, transport = self.config, ObjectStoreTransport()
-        rollouts = WorkerPool(
-            RolloutWorker,
-            {
-                "model_dir": self._model_dir,
-                "policy": config.policy,
-                "rollouts": config.rollouts,
-                "transport": transport,
-                "run_id": os.path.basename(self.storage.directory),
-                "seed": config.run.seed,
-                "device": placement.rollout.device,
-                "num_threads": placement.rollout.threads,
-            },
-            placement.rollout,
-        )
-        rewards = WorkerPool(
-            RewardWorker,
-            {
-                "reward": _with_absolute_paths(config.reward),
-                "policy": config.policy,
-                "reference_dir": self._model_dir,
-                "temperature": config.rollouts.temperature,
-                "device": placement.reward.device,
-                "num_threads": placement.reward.threads,
-            },
-            placement.reward,
-        )
-        self.pipeline = Pipeline(config, prompts=prompts, rollouts=rollouts, rewards=rewards, ledger=Ledger())
-        self.pipeline.on_progress = self.display.groups
+        name = os.path.basename(self.storage.directory)
+        rollout_arguments = {
+            "model_dir": self._model_dir,
+            "policy": config.policy,
+            "rollouts": config.rollouts,
+            "transport": transport,
+            "run_id": name,
+            "seed": config.run.seed,
+            "device": placement.rollout.device,
+            "num_threads": placement.rollout.threads,
+            # Sooner than the worker's own deadline: lost weights are not its fault.
+            "fetch_timeout_s": config.pipeline.timeout_s / 2,
+        }
+        reward_arguments = {
+            "reward": _with_absolute_paths(config.reward),
+            "policy": config.policy,
+            "reference_dir": self._model_dir,
+            "temperature": config.rollouts.temperature,
+            "device": placement.reward.device,
+            "num_threads": placement.reward.threads,
+        }
+        specs = {
+            Role.ROLLOUT: (RolloutWorker, rollout_arguments, placement.rollout),
+            Role.REWARD: (RewardWorker, reward_arguments, placement.reward),
+        }
+        workers = RayWorkers(specs, run=name)
+        core = PipelineCore(config, prompts=prompts, workers=workers, ledger=Ledger(), journal=self._journal())
+        core.on_progress = self.display.groups
+        self.pipeline = Pipeline(core)
         self._exit.callback(self.pipeline.close)
-        self.learner = LearnerGang(config, model_dir=self._model_dir, processes=placement.learner, transport=transport)
+        self._start_learner(placement, transport)
+        self._wait_ready()
+
+    def _start_learner(self, placement: Placement, transport: ObjectStoreTransport) -> None:
+        config = self.config
+        starter = LearnerStarter(config, model_dir=self._model_dir, processes=placement.learner, transport=transport)
+        self._exit.callback(starter.close)
+
+        def make_controller() -> StepController:
+            return StepController(
+                config.reward, config.learner, config.algorithm, num_steps=config.run.num_steps, seed=config.run.seed
+            )
+
+        self.learner = RecoveringLearner(
+            starter,
+            make_controller,
+            self.storage,
+            self.redo,
+            incarnations=self._incarnations(),
+            max_restarts=config.pipeline.max_restarts,
+            say=self.display.say,
+        )
         self._exit.callback(self.learner.close)
-        rollouts.wait_ready(config.placement.ready_timeout_s)
-        rewards.wait_ready(config.placement.ready_timeout_s)
+
+    def _wait_ready(self) -> None:
+        try:
+            self.pipeline.wait_ready()
+        except NotReadyError as error:
+            raise PlacementError(
+                f"{error}; the cluster has {ray.available_resources()} free of {ray.cluster_resources()}; "
+                "add nodes, lower the number of workers, or raise placement.ready_timeout_s"
+            ) from error
         self.learner.wait_ready()
 
-    def _last_checkpoint(self) -> str | None:
-        steps = self.storage.checkpoints()
-        return self.storage.read_checkpoint(steps[-1]) if steps else None
-
-    def _restore(self, directory: str) -> None:
-        state = _read_state(directory)
-        self.step = state["step"]
-        self.learner.load(directory)
-        self.pipeline.load_state_dict(state["pipeline"])
+    def _restore(self, step: int, directory: str) -> None:
+        self.learner.restore(step, directory)
+        self.pipeline.load_state_dict(self._read_state(step)["pipeline"])
         self.display.say(f"continuing after step {self.step}")
 
-
-def _read_state(directory: str) -> dict[str, Any]:
-    with open(os.path.join(directory, STATE_FILE), encoding="utf-8") as file:
-        state: dict[str, Any] = json.load(file)
-    return state
+    def _read_state(self, step: int) -> dict[str, Any]:
+        state: dict[str, Any] = json.loads(self.storage.read_text("checkpoints", f"step-{step}", STATE_FILE))
+        return state
 
 
 def _with_absolute_paths(reward: RewardConfig) -> RewardConfig:

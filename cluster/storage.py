@@ -4,40 +4,136 @@ config.yaml            the resolved configuration
 metrics.jsonl          one line a step, appended; compacted to metrics.parquet
 rollouts/step-N.parquet     what step N trained on
 evaluation/step-N.parquet   held-out responses of policy version N
-checkpoints/step-N/    resumable state
+checkpoints/step-N/    resumable state; `checkpoints.py` says when it is whole
 policy/                the last policy, for `from_pretrained`
 tensorboard/           event files
 summary.json           counts, quarantined rows, headline figures
+
+A file or checkpoint is made under a temporary name, synced, renamed, and its directory synced.  An example: a process
+that is killed over checkpoint 6 leaves `step-4` as it was and `step-6.<process>-<number>.tmp`, which the next process
+to open the directory for writing removes.  A process uses no name twice, so that what a lost rank still writes disturbs
+nobody.
 """
 
-import hashlib
-import json
+import itertools
+import logging
 import os
 import re
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-MANIFEST = "manifest.json"
+from actors.faults import fault
+from cluster.checkpoints import MANIFEST, damage_of, files_of, manifest_of, name_of, step_of
+
+logger = logging.getLogger(__name__)
+
+_CHECKPOINTS = "checkpoints"
+_TEMPORARY = re.compile(r".+\.\d+-\d+\.tmp")
 
 
 class StorageError(RuntimeError):
     """The run directory cannot serve; the message names the path and the remedy."""
 
 
-class RunStorage:
-    """Reads and writes one run directory on a POSIX file system."""
+class Disk:
+    """Every operation that changes the disk, each announced before it happens: the place where tests let it fail."""
 
-    def __init__(self, directory: str) -> None:
+    def announce(self, operation: str, path: str) -> None:
+        """Reach the fault point of an operation."""
+        fault(f"storage.{operation}")
+
+    def write(self, path: str, content: bytes | pa.Buffer, *, is_added: bool = False) -> None:
+        """Write a file, or add to its end, and sync it; what fails may leave part of the content."""
+        self.announce("write", path)
+        with open(path, "ab" if is_added else "wb") as file:
+            file.write(content)
+            file.flush()
+            self.announce("sync", path)
+            os.fsync(file.fileno())
+
+    def truncate(self, path: str, size: int) -> None:
+        """Cut a file's end off."""
+        self.announce("truncate", path)
+        os.truncate(path, size)
+
+    def sync(self, path: str) -> None:
+        """Sync a file, or a directory: the names in it."""
+        self.announce("sync", path)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def rename(self, source: str, target: str) -> None:
+        """Give a file or a directory another name; a file that has it is replaced."""
+        self.announce("rename", target)
+        os.rename(source, target)
+
+    def unlink(self, path: str) -> None:
+        """Delete a file."""
+        self.announce("unlink", path)
+        os.unlink(path)
+
+    def make_directory(self, path: str) -> None:
+        """Make a directory that lasts, with those above it."""
+        if not os.path.isdir(path):
+            self.make_directory(os.path.dirname(path))
+            self.announce("mkdir", path)
+            with suppress(FileExistsError):
+                os.mkdir(path)
+            self.sync(os.path.dirname(path))
+
+    def remove(self, path: str) -> None:
+        """Delete a file, or a directory and all in it, entry by entry."""
+        if os.path.isdir(path) and not os.path.islink(path):
+            for name in sorted(os.listdir(path)):
+                self.remove(os.path.join(path, name))
+            self.announce("rmdir", path)
+            os.rmdir(path)
+        elif os.path.lexists(path):
+            self.unlink(path)
+
+
+POSIX = Disk()
+
+
+class RunStorage:
+    """Reads and writes one run directory on a POSIX file system.
+
+    Where a method takes `parts`, they name a place in the run directory; the first may also be a directory that this
+    storage returned.
+
+    Args:
+        directory: the run directory.
+        disk: changes it.
+    """
+
+    def __init__(self, directory: str, disk: Disk = POSIX) -> None:
         self.directory = os.path.abspath(directory)
+        self._disk = disk
+        self._is_writer = False
+        self._say: Callable[[str], None] = logger.warning
+        self._begun: dict[int, str] = {}  # step -> the directory in which its checkpoint is made
+        self._numbers = itertools.count()  # of temporary names
+
+    def open_for_writing(self, say: Callable[[str], None]) -> None:
+        """Clear away what a crash left; only for the process that has claimed the directory.
+
+        Args:
+            say: is told of damaged checkpoints, from now on.
+        """
+        self._is_writer, self._say = True, say
+        for path in list(self._leftovers()):
+            self._disk.remove(path)
 
     def path(self, *parts: str) -> str:
         """Return a path inside the run directory, its parent made."""
         path = os.path.join(self.directory, *parts)
-        os.makedirs(os.path.dirname(path), exist_ok=True)
+        self._disk.make_directory(os.path.dirname(path))
         return path
 
     def exists(self, *parts: str) -> bool:
@@ -46,10 +142,19 @@ class RunStorage:
 
     def write_text(self, text: str, *parts: str) -> None:
         """Write a text file, whole or not at all."""
-        with replacing(self.path(*parts)) as temporary, open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        self._replace(self.path(*parts), text.encode())
+
+    def append_text(self, text: str, *parts: str) -> None:
+        """Add to a text file's end; what fails leaves it as it was, only a crash may leave part of the text."""
+        path = self.path(*parts)
+        if not os.path.exists(path):
+            self._replace(path, b"")
+        size = os.path.getsize(path)
+        try:
+            self._disk.write(path, text.encode(), is_added=True)
+        except OSError:
+            self._disk.truncate(path, size)
+            raise
 
     def read_text(self, *parts: str) -> str:
         """Return a text file's content."""
@@ -57,98 +162,136 @@ class RunStorage:
             return file.read()
 
     def write_table(self, table: pa.Table, *parts: str) -> None:
-        """Write a Parquet file, whole or not at all."""
-        with replacing(self.path(*parts)) as temporary:
-            pq.write_table(table, temporary)
-            _fsync(temporary)
+        """Write a Parquet file, whole or not at all, with the metadata of the table's schema."""
+        content = pa.BufferOutputStream()
+        with pq.ParquetWriter(content, table.schema) as writer:
+            writer.write_table(table)
+        self._replace(self.path(*parts), content.getvalue())
 
     def read_table(self, *parts: str) -> pa.Table:
-        """Return a Parquet file's table."""
+        """Return a Parquet file's table, `schema.metadata` as it was written."""
         return pq.read_table(os.path.join(self.directory, *parts))
 
+    def remove(self, *parts: str) -> None:
+        """Delete what lies there, if anything does."""
+        self._disk.remove(os.path.join(self.directory, *parts))
+
     def checkpoints(self) -> list[int]:
-        """Return the steps that have a committed checkpoint, ascending."""
-        root = os.path.join(self.directory, "checkpoints")
-        names = os.listdir(root) if os.path.isdir(root) else []
-        found = (re.fullmatch(r"step-(\d+)", name) for name in names)
-        steps = (int(match.group(1)) for match in found if match)
-        return sorted(step for step in steps if self.exists("checkpoints", f"step-{step}", MANIFEST))
+        """Return the steps that have a committed checkpoint, ascending; it may be damaged since."""
+        root = os.path.join(self.directory, _CHECKPOINTS)
+        steps = [step_of(name) for name in (os.listdir(root) if os.path.isdir(root) else [])]
+        return sorted(step for step in steps if step is not None)
 
-    @contextmanager
-    def writing_checkpoint(self, step: int) -> Iterator[str]:
-        """Yield a directory to fill; on success hash, sync and rename it to `checkpoints/step-N`."""
-        final = self.path("checkpoints", f"step-{step}")
-        temporary = final + ".tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        os.makedirs(temporary)
-        try:
-            yield temporary
-            _write_manifest(temporary)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-        shutil.rmtree(final, ignore_errors=True)
-        os.rename(temporary, final)
-        _fsync(os.path.dirname(final))
+    def newest_checkpoint(self) -> tuple[int, str] | None:
+        """Return step and directory of the newest whole checkpoint, None where there is none.
 
-    def read_checkpoint(self, step: int) -> str:
-        """Return the directory of a checkpoint whose files match their hashes.
+        A damaged one is said and left out; the process that writes the directory renames it `step-N.damaged`.
+        """
+        for step in reversed(self.checkpoints()):
+            directory = self._checkpoint(step)
+            damage = damage_of(directory)
+            if damage is None:
+                return step, directory
+            if not os.path.lexists(directory):  # deleted by its owner meanwhile, for newer ones
+                return self.newest_checkpoint()
+            kept = self._set_aside(directory) if self._is_writer else directory
+            self._say(f"checkpoint {step} is damaged and not used: {damage} ({kept}); an older one is looked for")
+        return None
+
+    def begin_checkpoint(self, step: int) -> str:
+        """Return a new directory to write a checkpoint's files into; one begun before for the step is abandoned."""
+        self.abandon_checkpoint(step)
+        self._begun[step] = self._temporary_name(self.path(_CHECKPOINTS, name_of(step)))
+        self._disk.make_directory(self._begun[step])
+        return self._begun[step]
+
+    def commit_checkpoint(self, step: int, *, files: Iterable[str] = ()) -> None:
+        """Make the checkpoint that was begun the step's; one that is there and whole stays in its place.
+
+        Args:
+            step: a step whose files are all written.
+            files: names, relative to its directory, that must be among them.
 
         Raises:
-            StorageError: naming the damaged file.
+            StorageError: when a file of `files` is not there.
+            OSError: when the disk does not take it; `abandon_checkpoint` clears up.
         """
-        directory = os.path.join(self.directory, "checkpoints", f"step-{step}")
-        with open(os.path.join(directory, MANIFEST), encoding="utf-8") as file:
-            manifest: dict[str, str] = json.load(file)
-        for name, expected in manifest.items():
-            path = os.path.join(directory, name)
-            if not os.path.isfile(path) or _sha256(path) != expected:
-                raise StorageError(
-                    f"{path} must match its recorded hash and does not; delete {directory} to use an older checkpoint"
-                )
-        return directory
+        assert step in self._begun, f"checkpoint {step} must be begun before it is committed"
+        directory, final = self._begun[step], self._checkpoint(step)
+        missing = sorted(set(files) - set(files_of(directory)))
+        if missing:
+            raise StorageError(
+                f"{directory} must hold all files of the ranks, and lacks {missing}; "
+                "choose a run.dir on a file system that all nodes share"
+            )
+        if os.path.exists(final) and damage_of(final) is None:
+            self.abandon_checkpoint(step)
+        else:
+            self._seal(directory)
+            if os.path.exists(final):
+                self._say(f"checkpoint {step} is damaged and written again; the old one is {self._set_aside(final)}")
+            self._disk.rename(directory, final)
+            del self._begun[step]
+        self._disk.sync(os.path.dirname(final))
+
+    def abandon_checkpoint(self, step: int) -> None:
+        """Remove what was begun for a step, if anything was; a disk that refuses keeps it until the next opening."""
+        directory = self._begun.pop(step, None)
+        if directory is not None:
+            with suppress(OSError):
+                self._disk.remove(directory)
 
     def keep_checkpoints(self, count: int) -> None:
         """Delete all but the newest `count` checkpoints."""
+        assert count > 0, f"at least one checkpoint must be kept, got {count}"
         for step in self.checkpoints()[:-count]:
-            shutil.rmtree(os.path.join(self.directory, "checkpoints", f"step-{step}"))
+            doomed = self._temporary_name(self._checkpoint(step))
+            self._disk.rename(self._checkpoint(step), doomed)  # never seen half deleted
+            self._disk.remove(doomed)
+
+    def _checkpoint(self, step: int) -> str:
+        return os.path.join(self.directory, _CHECKPOINTS, name_of(step))
+
+    def _seal(self, directory: str) -> None:
+        """Make a directory's files last, then the manifest that says so."""
+        for name in files_of(directory):
+            self._disk.sync(os.path.join(directory, name))
+        self._disk.write(os.path.join(directory, MANIFEST), manifest_of(directory).encode())
+        self._disk.sync(directory)
+
+    def _set_aside(self, directory: str) -> str:
+        """Rename a damaged checkpoint; return its new path."""
+        endings = itertools.chain([".damaged"], (f".damaged-{number}" for number in itertools.count(2)))
+        target = next(path for ending in endings if not os.path.lexists(path := directory + ending))
+        self._disk.rename(directory, target)
+        self._disk.sync(os.path.dirname(directory))
+        return target
+
+    def _replace(self, path: str, content: bytes | pa.Buffer) -> None:
+        with _removed_on_error(self._disk, self._temporary_name(path)) as temporary:
+            self._disk.write(temporary, content)
+            self._disk.rename(temporary, path)
+        self._disk.sync(os.path.dirname(path))
+
+    def _leftovers(self) -> Iterator[str]:
+        for root, directories, files in os.walk(self.directory):
+            found = [name for name in (*directories, *files) if _TEMPORARY.fullmatch(name)]
+            # a committed checkpoint stays as its manifest says
+            directories[:] = [name for name in directories if name not in found and step_of(name) is None]
+            yield from (os.path.join(root, name) for name in sorted(found))
+
+    def _temporary_name(self, path: str) -> str:
+        """Return a name beside `path`, free and never given before; what has it at the next opening is removed."""
+        names = (f"{path}.{os.getpid()}-{number}.tmp" for number in self._numbers)
+        return next(name for name in names if not os.path.lexists(name))
 
 
 @contextmanager
-def replacing(path: str) -> Iterator[str]:
-    """Yield a temporary path that replaces `path` when the block succeeds."""
-    temporary = f"{path}.{os.getpid()}.tmp"
+def _removed_on_error(disk: Disk, path: str) -> Iterator[str]:
+    """Yield a path; what lies there is removed when the block fails, if the disk lets it."""
     try:
-        yield temporary
-        os.replace(temporary, path)
-        _fsync(os.path.dirname(path))
-    finally:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
-
-
-def _write_manifest(directory: str) -> None:
-    hashes = {}
-    for root, _, names in os.walk(directory):
-        for name in sorted(names):
-            path = os.path.join(root, name)
-            _fsync(path)
-            hashes[os.path.relpath(path, directory)] = _sha256(path)
-    manifest = os.path.join(directory, MANIFEST)
-    with open(manifest, "w", encoding="utf-8") as file:
-        json.dump(hashes, file, indent=1, sort_keys=True)
-    _fsync(manifest)
-    _fsync(directory)
-
-
-def _sha256(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fsync(path: str) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        yield path
+    except BaseException:
+        with suppress(OSError):
+            disk.remove(path)
+        raise

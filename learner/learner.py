@@ -11,6 +11,7 @@ import pyarrow as pa
 import torch
 
 from actors.config import PolicyConfig
+from actors.faults import fault
 from actors.policy import load_model, resolve_dtype
 from actors.rows import GroupRow, PromptGroup, split_responses
 from actors.weights import Publication, WeightTransport
@@ -21,6 +22,7 @@ from learner.experience import FirstPass, Sample, SampleTargets, judge, prompt_g
 from learner.losses import SHARE_NAMES, PPOLoss, Predictions, Targets, aggregation_weights
 from learner.model import Scoring
 from learner.networks import Networks
+from learner.optimizer import NonFiniteError
 from learner.publisher import Publisher, export_policy
 
 _EMPTY = (PromptGroup(prompt_ids=[0], responses=[[0]]),)
@@ -32,6 +34,15 @@ MAX_LOGPROB_GAP = 1e-3
 
 class MismatchError(RuntimeError):
     """The engine's log-probs are not the learner's for the same weights and tokens."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Skipped:
+    """A step that ended early, on all ranks together: a loss or gradient was not finite."""
+
+    reason: str
+    has_changed: bool
+    """Whether an earlier update of the step, or the separate critic's, was applied: the ranks are between two steps."""
 
 
 class LearnerRank:
@@ -71,8 +82,9 @@ class LearnerRank:
         self._networks = Networks(model, learner, scoring=scoring, dtype=dtype, rank=rank)
         self._version: int | None = None  # published last; None = the weights that were loaded
         self._publisher = Publisher(self._networks.module.policy, self._networks.policy, transport)
+        self._saver = state.Saver()
 
-    def step(self, tables: Sequence[pa.Table], plan: StepPlan) -> dict[str, float]:
+    def step(self, tables: Sequence[pa.Table], plan: StepPlan) -> dict[str, float] | Skipped:
         """Learn from one batch.
 
         Args:
@@ -80,28 +92,48 @@ class LearnerRank:
             plan: the step's plan; its deal has this gang's number of ranks.
 
         Returns:
-            Metrics, the same on all ranks; losses and fractions are means over the step's updates.
+            Metrics, the same on all ranks; losses and fractions are means over the step's updates.  `Skipped`, on all
+            ranks, where an update was not finite: it and the later ones were not made, earlier ones of the step stay.
 
         Raises:
             MismatchError: when the samples' recorded log-probs are not those of this policy.
-            NonFiniteError: on all ranks; the update that met it was skipped, earlier ones of the step stay.
         """
         samples = read_samples(tables, plan)
         first_pass = self._first_pass(samples, plan)
         targets, metrics = judge(samples, first_pass, plan, self._algorithm)
         batch = _Batch(plan=plan, samples=samples, targets=targets)
-        meters = [self._update(update, batch, is_first=index == 0) for index, update in enumerate(plan.updates)]
+        num_updates = self._num_updates()
+        fault("learner.before_backward", self._rank)
+        try:
+            meters = [self._update(update, batch, is_first=index == 0) for index, update in enumerate(plan.updates)]
+        except NonFiniteError as error:
+            return Skipped(reason=str(error), has_changed=self._num_updates() != num_updates)
+        fault("learner.after_update", self._rank)
         self._check_gap(meters[0].gap, plan)
         return metrics | _summarise(meters, plan)
 
     def publish(self, version: int, incarnation: int) -> Publication | None:
         """Make the policy's weights available as `version`; rank 0 returns the announcement, other ranks None."""
+        fault("learner.publish", self._rank)
         self._version = version
         return self._publisher.publish(version, incarnation)
 
-    def save_state(self, directory: str) -> list[str]:
-        """Write this rank's share of parameters and optimizer state; return the names of the files written."""
-        return state.save_state(directory, self._networks.engines)
+    def begin_save(self, directory: str) -> None:
+        """Copy this rank's share of the state, and begin to write it into a directory; steps may be made meanwhile.
+
+        Raises:
+            StateError: when the save before is not finished.
+        """
+        self._saver.begin(directory, self._networks.engines)
+
+    def finish_save(self) -> list[str]:
+        """Wait until this rank's share is written; return the names of its files.
+
+        Raises:
+            StateError: when no save was begun.
+            OSError: what writing met; the learner is as good as before.
+        """
+        return self._saver.finish()
 
     def load_state(self, directory: str) -> None:
         """Continue from a saved state, of any number of ranks and any ZeRO stage."""
@@ -118,6 +150,10 @@ class LearnerRank:
     def close(self) -> None:
         """Free the engines."""
         self._networks.close()
+
+    def _num_updates(self) -> int:
+        """Return the number of updates of all engines."""
+        return sum(engine.num_updates for engine in self._networks.engines.values())
 
     @torch.no_grad()
     def _first_pass(self, samples: Sequence[Sample], plan: StepPlan) -> list[FirstPass]:

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from actors.rows import GroupRow
-from actors.scorer import Scorer, TokenFunction, model_mask
+from actors.scorer import Scorer, TokenFunction, model_mask, select_rows
 from learner.config import LoraConfig
 from learner.logprobs import logprobs_and_entropy, no_tokens
 
@@ -91,7 +91,7 @@ class Critic(nn.Module):
             attention_mask=model_mask(row, self.trunk),
             use_cache=False,
         ).last_hidden_state
-        states = hidden[:, row.kept].flatten(0, 1)[row.states]
+        states = select_rows(hidden[:, row.kept].flatten(0, 1), row.states)
         return self.value_head(states)[:, 0].float()
 
 

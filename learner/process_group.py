@@ -2,6 +2,7 @@
 
 import atexit
 import os
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -9,6 +10,8 @@ import torch.distributed as dist
 
 def join_group(rank: int, world_size: int, device: torch.device) -> None:
     """Join the process group of the learner's ranks, named by MASTER_ADDR and MASTER_PORT; alone, make one.
+
+    No rank waits longer for its peers than CONCORD_GROUP_TIMEOUT_S, where that is set.
 
     Raises:
         RuntimeError: if this process already is in a group of another size, or as another rank.
@@ -24,8 +27,14 @@ def join_group(rank: int, world_size: int, device: torch.device) -> None:
     if world_size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     else:
-        dist.init_process_group(backend, rank=rank, world_size=world_size)
+        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=_timeout())
     atexit.register(_leave_group)
+
+
+def _timeout() -> timedelta | None:
+    """Return the longest wait for peers, None = torch's own."""
+    seconds = os.environ.get("CONCORD_GROUP_TIMEOUT_S")
+    return timedelta(seconds=float(seconds)) if seconds else None
 
 
 def _leave_group() -> None:

@@ -6,7 +6,6 @@ depends on that group alone, bit for bit, so a retried call on another worker gi
 
 import json
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +13,7 @@ import torch
 
 from actors.config import PolicyConfig
 from actors.encoding import Prompt, parse_prompt
+from actors.faults import fault
 from actors.policy import resolve_dtype
 from actors.schema import ROLLOUTS, SchemaError, check
 from reward.config import ComponentConfig, RewardConfig
@@ -21,7 +21,8 @@ from reward.ensemble import Ensemble
 from reward.errors import RewardError
 from reward.functions import RewardFunction, finite
 from reward.reference import ReferencePolicy
-from reward.schema import COMPONENTS, SAMPLES, SCORED
+from reward.samples import samples_of
+from reward.schema import COMPONENTS, SCORED
 
 Components = list[dict[str, float]]
 """For each sample: name of a judge -> its raw score; absent where it does not apply."""
@@ -82,6 +83,7 @@ class RewardWorker:
             SchemaError: if the table is not one group of ROLLOUTS.
             RewardError: if a judge does not return one finite score per response, or none applies to a response.
         """
+        fault("reward.score")
         check(rollouts, ROLLOUTS, "RewardWorker.score")
         groups = set(rollouts["group_id"].to_pylist())
         if len(groups) != 1:
@@ -89,9 +91,8 @@ class RewardWorker:
                 f"RewardWorker.score: rollouts must be one group, got {len(groups)}: {sorted(groups)[:3]}"
             )
         components, deviations = self._judge(rollouts)
-        references = self._reference_logprobs(rollouts)
-        scored = _scored(rollouts, components, deviations, references)
-        return check(scored, SCORED, "RewardWorker.score"), _samples(rollouts, components, references)
+        scored = _scored(rollouts, components, deviations, self._reference_logprobs(rollouts))
+        return check(scored, SCORED, "RewardWorker.score"), samples_of(scored)
 
     def _judge(self, rollouts: pa.Table) -> tuple[Components, list[float | None]]:
         prompt_id = rollouts["prompt_id"][0].as_py()
@@ -158,38 +159,5 @@ def _scored(
     return pa.table([columns[name] for name in SCORED.names], schema=SCORED)
 
 
-def _samples(rollouts: pa.Table, components: Components, references: Sequence[np.ndarray] | None) -> pa.Table:
-    masks = [np.array(mask, dtype=bool) for mask in rollouts["loss_mask"].to_pylist()]
-    versions = rollouts["policy_versions"].to_pylist()
-    columns: dict[str, Any] = {
-        "group_id": rollouts["group_id"],
-        "sample_index": rollouts["sample_index"],
-        "num_prompt_tokens": _int32(len(ids) for ids in rollouts["prompt_ids"].to_pylist()),
-        "num_response_tokens": _int32(len(mask) for mask in masks),
-        "num_loss_tokens": _int32(int(mask.sum()) for mask in masks),
-        "finish_reason": rollouts["finish_reason"],
-        "components": _as_maps(components),
-        "kl": pa.array(_kl(rollouts, masks, references), pa.float32()),
-        "oldest_version": _int32(map(min, versions)),
-        "newest_version": _int32(map(max, versions)),
-    }
-    return pa.table([columns[name] for name in SAMPLES.names], schema=SAMPLES)
-
-
-def _kl(rollouts: pa.Table, masks: Sequence[np.ndarray], references: Sequence[np.ndarray] | None) -> list[float | None]:
-    """Return, per sample, the sum over the policy's own tokens of logprob - ref_logprob, in nats."""
-    if references is None:
-        return [None] * len(masks)
-    logprobs = rollouts["logprobs"].to_pylist()
-    return [
-        float((np.array(ours, np.float64) - reference)[mask].sum())
-        for ours, reference, mask in zip(logprobs, references, masks, strict=True)
-    ]
-
-
 def _as_maps(components: Components) -> pa.Array:
     return pa.array([list(sample.items()) for sample in components], COMPONENTS)
-
-
-def _int32(values: Any) -> pa.Array:
-    return pa.array(list(values), pa.int32())

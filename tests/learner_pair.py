@@ -17,10 +17,10 @@ from typing import Any
 import torch
 
 from actors.weights import unpack_bucket
+from learner import state
 from learner.batch import StepPlan
 from learner.config import LoraConfig
-from learner.learner import LearnerRank
-from learner.optimizer import NonFiniteError
+from learner.learner import LearnerRank, Skipped
 from tests.learner_toys import learner_config, learner_rank, parameters, toy_batch, toy_directory
 
 WORLD_SIZE = 2
@@ -34,6 +34,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "lora": {"zero_stage": 2, "lora": LoraConfig(rank=4, alpha=8.0)},
 }
 """Settings whose results must equal those of one process."""
+RESUMES = {
+    "1 -> 1": ("stage 1", 1),
+    "2 -> 2": ("stage 2", 2),
+    "3 -> 3": ("stage 3", 3),
+    "2 -> 3": ("stage 2", 3),
+    "one -> 2": ("one", 2),
+}
+"""Whose state after three steps, resumed at which ZeRO stage; `one` is a single process in plain torch."""
 
 
 def num_empty(plan: StepPlan) -> int:
@@ -72,20 +80,74 @@ def with_local_denominators(rank: int, directory: str) -> dict[str, torch.Tensor
 
 
 def non_finite_on_one_rank(rank: int, directory: str, stage: int) -> dict[str, Any]:
-    """Poison one rank's loss; return whether both saw the error, and that nothing moved."""
+    """Poison one rank's loss; return whether both skipped, and that nothing moved."""
     config = learner_config(backend="zero", num_ranks=WORLD_SIZE, zero_stage=stage)
     learner = learner_rank(directory, config, rank=rank)
     batch = toy_batch(directory, config, step=1)
     before = parameters(learner)
     if rank == 1:
         learner._networks._scoring = type(learner._networks._scoring)(temperature=float("nan"), chunk_tokens=16)
-    raised = False
-    try:
-        learner.step(batch.tables, batch.plan)
-    except NonFiniteError:
-        raised = True
+    answer = learner.step(batch.tables, batch.plan)
     after = parameters(learner)
-    return {"raised": raised, "unchanged": all(torch.equal(before[name], after[name]) for name in before)}
+    return {
+        "skipped": isinstance(answer, Skipped) and not answer.has_changed,
+        "unchanged": all(torch.equal(before[name], after[name]) for name in before),
+    }
+
+
+def non_finite_in_the_second_update(rank: int, directory: str) -> dict[str, Any]:
+    """Poison one rank's loss after the first update; return what both say, and their parameters."""
+    config = learner_config(backend="zero", num_ranks=WORLD_SIZE, zero_stage=2)
+    learner = learner_rank(directory, config, rank=rank)
+    batch = toy_batch(directory, config, step=1)
+    before, original = parameters(learner), learner._update
+
+    def update(*arguments: Any, is_first: bool) -> Any:
+        if rank == 1 and not is_first:
+            learner._networks._scoring = type(learner._networks._scoring)(temperature=float("nan"), chunk_tokens=16)
+        return original(*arguments, is_first=is_first)
+
+    learner._update = update  # type: ignore[method-assign]
+    answer = learner.step(batch.tables, batch.plan)
+    after = parameters(learner)
+    return {
+        "has_changed": isinstance(answer, Skipped) and answer.has_changed,
+        "changed": any(not torch.equal(before[name], after[name]) for name in before),
+        "num_updates": learner.ping(),
+        "parameters": after,
+    }
+
+
+def save_and_go_on(learner: LearnerRank, rank: int, directory: str, out: str) -> dict[str, Any]:
+    """Save after three steps, each rank with random numbers of its own; return the files, and what comes next."""
+    torch.manual_seed(1000 + rank)
+    torch.rand(rank + 1)
+    os.makedirs(out, exist_ok=True)
+    learner.begin_save(out)
+    random = torch.rand(4)
+    batch = toy_batch(directory, learner_config(num_ranks=WORLD_SIZE, backend="zero"), step=4)
+    learner.step(batch.tables, batch.plan)  # while it is written
+    return {"files": learner.finish_save(), "random": random, "next": parameters(learner)}
+
+
+def resume(rank: int, directory: str, saved: str, stage: int) -> dict[str, Any]:
+    """Load a state into a new gang; return what comes next."""
+    config = learner_config(backend="zero", num_ranks=WORLD_SIZE, zero_stage=stage)
+    learner = learner_rank(directory, config, rank=rank)
+    learner.load_state(saved)
+    random, loaded = torch.rand(4), parameters(learner)
+    batch = toy_batch(directory, config, step=4)
+    learner.step(batch.tables, batch.plan)
+    return {"random": random, "loaded": loaded, "next": parameters(learner)}
+
+
+def with_one_random_state(rank: int, directory: str, saved: str) -> torch.Tensor:
+    """The planted bug: only rank 0's random state is taken."""
+    original, state._rng_name = state._rng_name, lambda rank: "rng/torch/0"
+    try:
+        return resume(rank, directory, saved, 2)["random"]
+    finally:
+        state._rng_name = original
 
 
 def published(learner: LearnerRank) -> dict[str, torch.Tensor] | None:
@@ -119,13 +181,16 @@ def run(rank: int, port: int, directory: str, out: str) -> None:
             result["published"] = published(learner)
         if name == "stage 3":
             learner.export_policy(f"{out}/export")
-            result["files"] = learner.save_state(f"{out}/state")
-            batch = toy_batch(directory, learner_config(num_ranks=WORLD_SIZE, backend="zero"), step=4)
-            learner.step(batch.tables, batch.plan)
-            result["after resume"] = parameters(learner)
+        if name in ("stage 1", "stage 2", "stage 3"):
+            result |= save_and_go_on(learner, rank, directory, f"{out}/state of {name}")
         results["variants"][name] = result
     results["local denominators"] = with_local_denominators(rank, directory)
     results["non-finite"] = {stage: non_finite_on_one_rank(rank, directory, stage) for stage in (2, 3)}
+    results["non-finite later"] = non_finite_in_the_second_update(rank, directory)
+    results["resumed"] = {
+        name: resume(rank, directory, f"{out}/state of {saved}", stage) for name, (saved, stage) in RESUMES.items()
+    }
+    results["one random state"] = with_one_random_state(rank, directory, f"{out}/state of stage 2")
     torch.save(results, Path(out) / f"rank-{rank}.pt")
 
 
@@ -134,8 +199,10 @@ class Pair:
     """What two ranks found and left behind."""
 
     directory: Path
-    """With `toy/` (the model they started from), `state/` and `export/` (after three steps of stage 3)."""
+    """With `toy/` (the model they started from), `state of ...` and `export/` (of stage 3), all after three steps."""
     ranks: list[dict[str, Any]]
+    one: dict[str, torch.Tensor]
+    """Parameters of a single process after four steps."""
 
     @property
     def toy(self) -> str:
@@ -153,6 +220,7 @@ def pair_results() -> Pair:
     """Run both ranks, once per test session."""
     out = Path(_directory.name)
     toy = toy_directory(out / "toy")
+    one = one_process(toy, out / "state of one")
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
@@ -162,7 +230,21 @@ def pair_results() -> Pair:
     codes = [rank.wait(timeout=280) for rank in ranks]
     assert codes == [0, 0], f"the ranks of the pair must end well, got exit codes {codes}"
     loaded = [torch.load(out / f"rank-{rank}.pt", weights_only=False) for rank in range(WORLD_SIZE)]
-    return Pair(directory=out, ranks=loaded)
+    return Pair(directory=out, ranks=loaded, one=one)
+
+
+def one_process(toy: str, out: Path) -> dict[str, torch.Tensor]:
+    """Save after three steps of plain torch; return the parameters after the fourth."""
+    config = learner_config()
+    learner = learner_rank(toy, config)
+    out.mkdir()
+    for step in range(1, 5):
+        batch = toy_batch(toy, config, step=step)
+        learner.step(batch.tables, batch.plan)
+        if step == 3:
+            learner.begin_save(str(out))
+            learner.finish_save()
+    return parameters(learner)
 
 
 if __name__ == "__main__":

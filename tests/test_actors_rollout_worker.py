@@ -1,5 +1,7 @@
 import asyncio
 import pickle
+import threading
+import time
 
 import numpy as np
 import pyarrow as pa
@@ -7,6 +9,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from actors import faults
 from actors.config import ArchitectureConfig, CharacterTokenizerConfig, PolicyConfig, RolloutsConfig
 from actors.engine import SamplingParams
 from actors.policy import load_model, materialize
@@ -41,7 +44,7 @@ def model_dir(tmp_path_factory) -> str:
 def make_worker(model_dir):
     workers = []
 
-    def make(transport=None) -> RolloutWorker:
+    def make(transport=None, **options) -> RolloutWorker:
         worker = RolloutWorker(
             model_dir=model_dir,
             policy=POLICY,
@@ -51,6 +54,7 @@ def make_worker(model_dir):
             seed=0,
             device="cpu",
             num_threads=1,
+            **options,
         )
         workers.append(worker)
         return worker
@@ -233,6 +237,65 @@ def test_a_transport_failure_reaches_the_caller(make_worker, model_dir):
         return (await worker.generate(prompt("a", [1, 2]), lease("a")))[0]
 
     assert within(scenario(make_worker(Broken()))).num_rows == 3
+
+
+def test_weights_that_never_come_are_an_error_in_time_and_the_next_publication_is_taken(make_worker, model_dir):
+    release = threading.Event()
+
+    class Hanging(InProcessTransport):
+        def get(self, handle):
+            if not handle.flags.writeable:
+                release.wait(30)  # e.g. its owner is stopped, on another node
+            return handle
+
+    model = other_weights(model_dir)
+    lost = publication(model, 1)
+    for bucket in lost.buckets:
+        bucket.handle.flags.writeable = False
+
+    async def scenario(worker):
+        started = time.monotonic()
+        with pytest.raises(RolloutError, match=r"version 1 must be fetched within 0\.2 s and was not"):
+            await worker.update_weights(lost)
+        seconds = time.monotonic() - started
+        served = await worker.generate(prompt("a", [1, 2]), lease("a"))
+        await worker.update_weights(publication(model, 2))
+        release.set()
+        await asyncio.sleep(0.1)  # the late buffers change nothing
+        return seconds, served[0].num_rows, await worker.ping()
+
+    seconds, num_rows, version = within(scenario(make_worker(Hanging(), fetch_timeout_s=0.2)))
+    assert 0.2 <= seconds < 2
+    assert (num_rows, version) == (3, 2)
+
+
+@pytest.mark.parametrize(
+    ("point", "kind"),
+    [("rollout.generate", RuntimeError), ("rollout.decode", RolloutError), ("rollout.fetch_weights", RolloutError)],
+)
+def test_fault_points_fail_one_call_and_the_worker_goes_on(make_worker, model_dir, monkeypatch, point, kind):
+    monkeypatch.setattr(faults, "_FAULTS", faults._parse(f"{point}@2=raise"))
+    monkeypatch.setattr(faults, "_REACHED", faults.Counter())
+    monkeypatch.delenv("CONCORD_FAULTS_DIR", raising=False)
+    model = other_weights(model_dir)
+
+    async def outcome(awaitable):
+        return (await asyncio.gather(awaitable, return_exceptions=True))[0]
+
+    async def scenario(worker):
+        outcomes = []
+        for version in range(3):
+            outcomes.append(await outcome(worker.update_weights(publication(model, version))))
+            group = lease("a", num_samples=1, max_new_tokens=1)
+            outcomes.append(await outcome(worker.generate(prompt("a", [1, 2]), group)))
+        return outcomes
+
+    outcomes = within(scenario(make_worker()))
+    failed = [index for index, value in enumerate(outcomes) if isinstance(value, Exception)]
+    # One call a version loads, the next one generates; a group of one token is decoded in one step.
+    assert failed == [2 if point == "rollout.fetch_weights" else 3]
+    assert type(outcomes[failed[0]]) is kind
+    assert point in str(outcomes[failed[0]])
 
 
 def test_cancelling_a_call_frees_its_rows(make_worker):

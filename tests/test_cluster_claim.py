@@ -1,6 +1,11 @@
+import fcntl
+import os
+import threading
+
 import pytest
 
-from cluster.claim import claim
+from cluster import claim as claim_module
+from cluster.claim import OPERATIONAL, _flat, claim, holder, learning_changes
 from cluster.config import ConfigError, RunConfig, validate
 from cluster.storage import RunStorage
 
@@ -42,3 +47,47 @@ def test_a_begun_run_goes_on_with_other_resources_but_not_with_other_learning(tm
     with pytest.raises(ConfigError, match=r"another configuration \(algorithm\.clip_range 0\.2 -> 0\.3\)"):
         claim(storage, _config(tmp_path, algorithm={"clip_range": 0.3}))
     claim(storage, _config(tmp_path)).close()  # a refused claim leaves no lock
+
+
+def test_the_holder_is_the_process_that_has_the_directory(tmp_path):
+    storage = RunStorage(str(tmp_path))
+    assert holder(storage) is None
+    lock = claim(storage, _config(tmp_path))
+    assert holder(storage) == str(os.getpid())
+    lock.close()
+    assert holder(storage) is None, "also where the file is still there"
+
+
+def test_asking_for_the_holder_does_not_refuse_a_run_that_starts(tmp_path):
+    storage = RunStorage(str(tmp_path))
+    claim(storage, _config(tmp_path)).close()
+    with open(tmp_path / ".lock") as asking:
+        fcntl.flock(asking, fcntl.LOCK_SH)
+        release = threading.Timer(0.08, lambda: fcntl.flock(asking, fcntl.LOCK_UN))
+        release.start()
+        try:
+            claim(storage, _config(tmp_path)).close()
+        finally:
+            release.join()
+
+
+def test_a_claim_that_tries_once_is_caught(tmp_path, monkeypatch):
+    """Planted bug: the run is refused because somebody looked."""
+    monkeypatch.setattr(claim_module, "_NUM_TRIES", 1)
+    with pytest.raises(ConfigError, match="must belong to one process"):
+        test_asking_for_the_holder_does_not_refuse_a_run_that_starts(tmp_path)
+
+
+def test_operational_settings_exist_and_name_no_learning():
+    known = set(_flat(_config("runs/x").model_dump(mode="json")))
+    assert known >= OPERATIONAL
+    assert not [name for name in OPERATIONAL if name.startswith(("algorithm.", "policy.", "prompts."))]
+
+
+@pytest.mark.parametrize("name", ["heartbeat_s", "max_restarts", "max_retries", "max_quarantined"])
+def test_patience_is_operational(tmp_path, name):
+    before, now = _config(tmp_path), _config(tmp_path, pipeline={name: 7})
+    assert learning_changes(before, now) == []
+    assert learning_changes(before, _config(tmp_path, algorithm={"clip_range": 0.3})) == [
+        "algorithm.clip_range 0.2 -> 0.3"
+    ]

@@ -11,8 +11,7 @@ import torch
 from actors.scoring import reference_logprobs
 from learner.config import AlgorithmConfig, KLConfig, LoraConfig, OptimizerConfig
 from learner.experience import FirstPass, judge, read_samples
-from learner.learner import LearnerRank, MismatchError
-from learner.optimizer import NonFiniteError
+from learner.learner import LearnerRank, MismatchError, Skipped
 from tests.learner_pair import VARIANTS, WORLD_SIZE, Pair, pair_results
 from tests.learner_toys import TEMPERATURE, ToyBatch, learner_config, learner_rank, parameters, toy_batch
 
@@ -107,7 +106,14 @@ def test_the_comparison_finds_local_denominators(pair, plain):
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_non_finite_loss_on_one_rank_stops_the_update_on_both(pair, stage):
-    assert [rank["non-finite"][stage] for rank in pair.ranks] == [{"raised": True, "unchanged": True}] * 2
+    assert [rank["non-finite"][stage] for rank in pair.ranks] == [{"skipped": True, "unchanged": True}] * 2
+
+
+def test_a_later_update_that_is_skipped_says_that_earlier_ones_were_made(pair):
+    first, second = (rank["non-finite later"] for rank in pair.ranks)
+    for found in (first, second):
+        assert (found["has_changed"], found["changed"], found["num_updates"]) == (True, True, 1)
+    assert difference(first["parameters"], second["parameters"]) == 0.0
 
 
 def test_the_order_of_tables_and_rows_does_not_matter(toy, plain):
@@ -271,7 +277,51 @@ def test_a_non_finite_critic_leaves_the_policy_alone(toy):
     with torch.no_grad():
         learner._networks.critic.module.value_head.bias.fill_(math.inf)
     batch = toy_batch(toy, config, step=1)
-    with pytest.raises(NonFiniteError):
-        learner.step(batch.tables, batch.plan)
+    answer = learner.step(batch.tables, batch.plan)
+    assert isinstance(answer, Skipped)
+    assert not answer.has_changed
     after = parameters(learner)
     assert all(torch.equal(before[name], after[name]) for name in before if name.startswith("policy/"))
+
+
+def test_a_non_finite_policy_says_that_the_critic_has_changed(toy):
+    config = learner_config(critic="separate")
+    learner = learner_rank(toy, config)
+    before = parameters(learner)
+    learner._networks.policy._is_finite = False
+    batch = toy_batch(toy, config, step=1)
+    answer = learner.step(batch.tables, batch.plan)
+    assert isinstance(answer, Skipped)
+    assert "must be finite" in answer.reason
+    assert answer.has_changed
+    changed = {name.partition("/")[0] for name, value in parameters(learner).items() if not value.equal(before[name])}
+    assert changed == {"critic"}
+
+
+def test_after_a_skipped_step_the_others_are_as_if_it_had_not_been(toy, plain):
+    config = learner_config()
+    learner = learner_rank(toy, config)
+    extra = toy_batch(toy, config, step=5)
+    learner._networks.policy._is_finite = False
+    answer = learner.step(extra.tables, extra.plan)
+    assert isinstance(answer, Skipped)
+    assert not answer.has_changed
+    for step in STEPS:
+        batch = toy_batch(toy, config, step=step)
+        learner.step(batch.tables, batch.plan)
+    assert difference(parameters(learner), plain["trunk"]) == 0.0
+
+
+def test_fault_points_of_a_step_are_reached_in_order(toy, monkeypatch):
+    reached: list[Any] = []
+    learner = learner_rank(toy, learner_config())
+
+    def fault(name: str, index: int) -> None:
+        reached.append((name, index, learner.ping()))
+
+    monkeypatch.setattr("learner.learner.fault", fault)
+    batch = toy_batch(toy, learner_config(), step=1)
+    learner.step(batch.tables, batch.plan)
+    learner.publish(version=1, incarnation=0)
+    points = [("learner.before_backward", 0, 0), ("learner.after_update", 0, 4), ("learner.publish", 0, 4)]
+    assert reached == points

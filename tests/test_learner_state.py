@@ -1,4 +1,7 @@
+import errno
 import json
+import os
+import threading
 from typing import Any
 
 import pytest
@@ -10,10 +13,12 @@ from actors.engine import Request, SamplingParams
 from actors.scoring import reference_logprobs
 from actors.torch_engine import TorchEngine
 from actors.weights import InProcessTransport, receive
+from learner import state as learner_state
 from learner.config import LoraConfig
 from learner.learner import LearnerRank
+from learner.local import LocalEngine
 from learner.state import StateError
-from tests.learner_pair import Pair, pair_results, published
+from tests.learner_pair import RESUMES, WORLD_SIZE, Pair, pair_results, published
 from tests.learner_toys import (
     TEMPERATURE,
     learner_config,
@@ -58,6 +63,11 @@ def learn(learner: LearnerRank, toy: str, config: Any, steps: range) -> LearnerR
     return learner
 
 
+def save(learner: LearnerRank, directory: Any) -> list[str]:
+    learner.begin_save(str(directory))
+    return learner.finish_save()
+
+
 def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
@@ -67,7 +77,7 @@ def test_four_steps_are_two_and_two(toy, tmp_path, name):
     config = learner_config(**ENGINES[name])
     whole = learn(learner_rank(toy, config), toy, config, range(1, 5))
     half = learn(learner_rank(toy, config), toy, config, range(1, 3))
-    files = half.save_state(str(tmp_path))
+    files = save(half, tmp_path)
     assert sorted(files) == sorted(path.name for path in tmp_path.iterdir())
     resumed = learner_rank(toy, config)
     resumed.load_state(str(tmp_path))
@@ -80,7 +90,7 @@ def test_four_steps_are_two_and_two(toy, tmp_path, name):
 def test_the_comparison_finds_a_lost_moment(toy, tmp_path, key, monkeypatch):
     config = learner_config()
     half = learn(learner_rank(toy, config), toy, config, range(1, 3))
-    half.save_state(str(tmp_path))
+    save(half, tmp_path)
     resumed = learner_rank(toy, config)
     resumed.load_state(str(tmp_path))
     for state in resumed._networks.policy._optimizer.state.values():
@@ -94,7 +104,7 @@ def test_the_comparison_finds_a_lost_moment(toy, tmp_path, key, monkeypatch):
 def test_a_state_resumes_at_any_stage(toy, tmp_path, saved_by, resumed_by):
     first_config, second_config = learner_config(**ENGINES[saved_by]), learner_config(**ENGINES[resumed_by])
     first = learn(learner_rank(toy, first_config), toy, first_config, range(1, 3))
-    first.save_state(str(tmp_path))
+    save(first, tmp_path)
     second = learner_rank(toy, second_config)
     second.load_state(str(tmp_path))
     assert same(parameters(first), parameters(second))  # what was saved, to the bit
@@ -106,7 +116,7 @@ def test_a_state_resumes_at_any_stage(toy, tmp_path, saved_by, resumed_by):
 def test_a_state_is_full_tensors_without_pickles(toy, tmp_path):
     config = learner_config()
     learner = learner_rank(toy, config)
-    learner.save_state(str(tmp_path))
+    save(learner, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"learner.json", "learner-00001-of-00001.safetensors"}
     saved = load_file(tmp_path / "learner-00001-of-00001.safetensors")
     shape = saved["policy/policy.model.embed_tokens.weight/exp_avg_sq"].shape
@@ -115,14 +125,14 @@ def test_a_state_is_full_tensors_without_pickles(toy, tmp_path):
 
 
 def test_a_state_of_another_learner_is_refused(toy, tmp_path):
-    learner_rank(toy, learner_config()).save_state(str(tmp_path))
+    save(learner_rank(toy, learner_config()), tmp_path)
     with pytest.raises(StateError, match=r"must be of \['critic', 'policy'\]"):
         learner_rank(toy, learner_config(critic="separate")).load_state(str(tmp_path))
     with pytest.raises(StateError, match="lora_A"):
         learner_rank(toy, learner_config(lora=LoraConfig(rank=4, alpha=8.0))).load_state(str(tmp_path))
     index = json.loads((tmp_path / "learner.json").read_text())
     (tmp_path / "learner.json").write_text(json.dumps(index | {"format": 99}))
-    with pytest.raises(StateError, match="format must be 1"):
+    with pytest.raises(StateError, match="format must be 2"):
         learner_rank(toy, learner_config()).load_state(str(tmp_path))
 
 
@@ -132,14 +142,119 @@ def test_two_ranks_state_resumes_in_one_process(pair):
     assert result["files"] == ["learner-00001-of-00002.safetensors", "learner.json"]
     config = learner_config()
     learner = learner_rank(pair.toy, config)
-    learner.load_state(str(pair.directory / "state"))
+    learner.load_state(str(pair.directory / "state of stage 3"))
     assert same(parameters(learner), result["parameters"])
     after = parameters(learn(learner, pair.toy, config, range(4, 5)))
-    assert max(float((after[name] - result["after resume"][name]).abs().max()) for name in after) < 1e-6
+    assert max(float((after[name] - result["next"][name]).abs().max()) for name in after) < 1e-6
+
+
+@pytest.mark.parametrize("name", RESUMES)
+def test_two_ranks_go_on_from_any_state(pair, name):
+    """Saved while the next step was made, by two ranks at some stage or by one process; resumed by two ranks."""
+    saved, stage = RESUMES[name]
+    for rank in range(WORLD_SIZE):
+        found = pair.ranks[rank]["resumed"][name]
+        before = pair.one if saved == "one" else pair.variant(saved, rank)["next"]
+        if saved == f"stage {stage}":
+            assert same(found["next"], before)
+            assert same(found["loaded"], pair.variant(saved, rank)["parameters"])
+        assert max(float((found["next"][key] - before[key]).abs().max()) for key in before) < 1e-6
+        assert not same(found["next"], found["loaded"])
+
+
+def test_each_rank_has_its_own_random_numbers_back(pair):
+    for name, (saved, _) in RESUMES.items():
+        found = [rank["resumed"][name]["random"] for rank in pair.ranks]
+        if saved == "one":  # the second rank had none
+            assert torch.equal(*found)
+        else:
+            assert all(found[rank].equal(pair.variant(saved, rank)["random"]) for rank in range(WORLD_SIZE))
+
+
+def test_the_comparison_finds_a_rank_with_anothers_random_numbers(pair):
+    found = [rank["one random state"] for rank in pair.ranks]
+    assert found[0].equal(pair.variant("stage 2", 0)["random"])
+    assert not found[1].equal(pair.variant("stage 2", 1)["random"])
+
+
+def state_of(learner: LearnerRank) -> dict[str, torch.Tensor]:
+    return {
+        f"{name}/{key}": value.clone()
+        for name, tensors in learner._networks.policy.full_state()
+        for key, value in tensors.items()
+    }
+
+
+@pytest.mark.parametrize("is_live", [False, True], ids=["copies", "planted bug: no copies"])
+def test_steps_made_while_a_state_is_written_are_not_in_it(toy, tmp_path, monkeypatch, is_live):
+    learner = learn(learner_rank(toy, learner_config()), toy, learner_config(), range(1, 3))
+    if is_live:
+        monkeypatch.setattr(torch.Tensor, "clone", lambda tensor: tensor)
+        monkeypatch.setattr(LocalEngine, "full_state", LocalEngine.full_state)
+    is_learnt = threading.Event()
+    monkeypatch.setattr("learner.state.fault", lambda name, rank: name != "learner.write" or is_learnt.wait(60))
+    learner.begin_save(str(tmp_path))
+    monkeypatch.undo()
+    before = None if is_live else state_of(learner)
+    learn(learner, toy, learner_config(), range(3, 4))
+    is_learnt.set()
+    learner.finish_save()
+    resumed = learner_rank(toy, learner_config())
+    resumed.load_state(str(tmp_path))
+    assert same(state_of(resumed), state_of(learner)) == is_live
+    assert before is None or same(state_of(resumed), before)
+
+
+def test_what_writing_meets_is_said_when_the_save_is_finished(toy, tmp_path, monkeypatch):
+    learner = learn(learner_rank(toy, learner_config()), toy, learner_config(), range(1, 2))
+    before = state_of(learner)
+
+    def fault(name: str, rank: int) -> None:
+        if name == "learner.write":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("learner.state.fault", fault)
+        learner.begin_save(str(tmp_path))
+        with pytest.raises(OSError, match="No space left") as caught:
+            learner.finish_save()
+    assert caught.value.errno == errno.ENOSPC
+    assert same(state_of(learner), before)
+    with pytest.raises(OSError, match="No such file") as caught:
+        save(learner, tmp_path / "missing")
+    assert caught.value.errno == errno.ENOENT
+    save(learner, tmp_path)  # over the torn file
+    resumed = learner_rank(toy, learner_config())
+    resumed.load_state(str(tmp_path))
+    assert same(state_of(resumed), before)
+
+
+def test_one_save_at_a_time(toy, tmp_path):
+    learner = learner_rank(toy, learner_config())
+    with pytest.raises(StateError, match="must be begun before it is finished"):
+        learner.finish_save()
+    learner.begin_save(str(tmp_path))
+    with pytest.raises(StateError, match="must be finished before the next is begun"):
+        learner.begin_save(str(tmp_path))
+    assert learner.finish_save()
+    assert save(learner, tmp_path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf"), -0.0, 1e-45])
+def test_every_bit_is_written(tmp_path, value):
+    """Values that text, or a comparison of numbers, would lose."""
+    tensors = {"a": torch.full((3, 5), value), "scalar": torch.tensor(value), "rng/torch/0": torch.get_rng_state()}
+    share = learner_state.Share(rank=0, num_ranks=1, tensors=tensors, num_updates={})
+    name, _ = learner_state.write(share, str(tmp_path))
+    found = load_file(tmp_path / name)
+    assert found.keys() == tensors.keys()
+    for key, tensor in tensors.items():
+        assert found[key].shape == tensor.shape
+        assert found[key].numpy().tobytes() == tensor.numpy().tobytes()
 
 
 def test_both_ranks_wrote_a_share(pair):
-    sizes = [path.stat().st_size for path in (pair.directory / "state").glob("*.safetensors")]
+    sizes = [path.stat().st_size for path in (pair.directory / "state of stage 3").glob("*.safetensors")]
     assert len(sizes) == 2
     assert max(sizes) < 1.5 * min(sizes)
 

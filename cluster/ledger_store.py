@@ -1,0 +1,213 @@
+"""The ledger's history on disk: SQLite on the head's local disk, written by a run (`ledger_history.py` reads it).
+
+    events      one row a transition, append only
+    rewinds     which events a resume has rolled back: those in (after_event, last_event]
+    groups      each group's last event that counts
+
+It explains a run (`concord status`, `concord ledger`) and decides nothing: a resume starts from the checkpoint's
+snapshot and the redo log.  So nothing that befalls this file ends a run; it is said, and counted.
+"""
+
+import os
+import sqlite3
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+
+from cluster.ledger import Transition
+from cluster.ledger_history import IS_LIVE, NOWHERE, LedgerHistory, error_code
+from cluster.storage import StorageError
+
+_SCHEMA_VERSION = 1
+_SCHEMA = """
+CREATE TABLE events (
+    id INTEGER PRIMARY KEY, at REAL NOT NULL, group_id TEXT NOT NULL, state TEXT NOT NULL, lease_id INTEGER,
+    worker TEXT, version INTEGER, incarnation INTEGER, step INTEGER, reason TEXT
+);
+CREATE INDEX events_of_group ON events (group_id);
+CREATE TABLE rewinds (id INTEGER PRIMARY KEY, step INTEGER NOT NULL, after_event INTEGER NOT NULL,
+    last_event INTEGER NOT NULL);
+CREATE TABLE groups (
+    group_id TEXT PRIMARY KEY, event_id INTEGER NOT NULL, state TEXT NOT NULL,
+    prompt_id TEXT GENERATED ALWAYS AS (substr(group_id, instr(group_id, '/') + 1)) VIRTUAL
+) WITHOUT ROWID;
+CREATE INDEX groups_of_prompt ON groups (prompt_id);
+"""
+_MAX_PENDING = 100_000
+_BUSY_TIMEOUT_S = 5.0
+"""How long another writer is waited for; a run's directory has one, so there is none."""
+
+
+class LedgerStore(LedgerHistory):
+    """The run's own, writing side; for one thread at a time.
+
+    A file that is damaged is set aside as `<name>.damaged` and begun again, empty.  What cannot be written waits for
+    the next append, up to a limit: `num_lost` counts the transitions beyond it.
+    """
+
+    def __init__(self, path: str, *, say: Callable[[str], None] = print) -> None:
+        """Open or make the file.
+
+        Args:
+            path: where it lies, on a local disk.
+            say: told, in one line, what befell the file.
+
+        Raises:
+            StorageError: when another process writes to it, or none can be made there.
+        """
+        self._path = path
+        self._say = say
+        self._pending: list[tuple[float, Transition]] = []
+        self.num_failed_writes = 0
+        self.num_lost = 0
+        try:
+            self._use(_open(path))
+        except sqlite3.Error as error:
+            try:
+                self._begin_again(error)
+            except (sqlite3.Error, OSError) as second:
+                raise StorageError(
+                    f"{path} must be writable for the ledger's history, and is not ({second}); free or repair the disk"
+                ) from error
+
+    def append(self, transitions: Sequence[Transition], now: float) -> None:
+        """Write transitions, all or none, and return when they are durable.
+
+        Args:
+            transitions: as `Ledger.take_transitions` returns them.
+            now: Unix time, seconds.
+        """
+        self._pending += [(now, transition) for transition in transitions]
+        if not self._pending:
+            return
+        try:
+            self._write()
+        except sqlite3.Error as error:
+            self._postpone(error)
+
+    def rewind(self, step: int) -> None:
+        """Mark everything that happened after a step as rolled back: the run resumes from that step's checkpoint.
+
+        A group of which nothing is left is nowhere; one that was in flight at the checkpoint is accepted again when the
+        ledger is restored.  Example: 0/a TRAINED in step 4, then 0/b BATCHED for step 5; rewind(4) leaves 0/a trained,
+        and 0/b's events are in the history as rolled back.
+        """
+        try:
+            self._rewind(step)
+        except sqlite3.Error as error:
+            self.num_failed_writes += 1
+            with suppress(sqlite3.Error, OSError):  # a later append tries again
+                self._begin_again(error)
+
+    def close(self) -> None:
+        """Write what waits, fold the write-ahead log into the file and close it."""
+        self.append((), now=0.0)
+        self._connection.close()
+
+    def _write(self) -> None:
+        rows = [_row(number, *waiting) for number, waiting in enumerate(self._pending, start=self._num_events + 1)]
+        last = {group_id: (group_id, number, state) for number, _, group_id, state, *_ in rows}
+        with _transaction(self._connection):
+            self._connection.executemany("INSERT INTO events VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
+            self._connection.executemany(
+                "INSERT INTO groups (group_id, event_id, state) VALUES (?, ?, ?) ON CONFLICT (group_id) "
+                "DO UPDATE SET event_id = excluded.event_id, state = excluded.state",
+                last.values(),
+            )
+        self._num_events += len(rows)
+        self._pending = []
+
+    def _rewind(self, step: int) -> None:
+        last_of_step = f"SELECT id FROM events WHERE step <= ? AND {IS_LIVE} ORDER BY id DESC LIMIT 1"
+        last_of_group = f"SELECT MAX(id) FROM events WHERE events.group_id = groups.group_id AND {IS_LIVE}"
+        touched = "group_id IN (SELECT group_id FROM events WHERE id > ?)"
+        with _transaction(self._connection) as connection:
+            after = self._number(f"SELECT COALESCE(({last_of_step}), 0)", step)
+            if after == self._num_events:
+                return
+            connection.execute(
+                "INSERT INTO rewinds (step, after_event, last_event) VALUES (?, ?, ?)", (step, after, self._num_events)
+            )
+            connection.execute(f"UPDATE groups SET event_id = COALESCE(({last_of_group}), 0) WHERE {touched}", (after,))
+            state = "SELECT state FROM events WHERE id = event_id"
+            connection.execute(f"UPDATE groups SET state = COALESCE(({state}), ?) WHERE {touched}", (NOWHERE, after))
+
+    def _postpone(self, error: sqlite3.Error) -> None:
+        if not self.num_failed_writes:
+            self._say(f"the ledger's history cannot be written to {self._path} ({error}); the run goes on without")
+        self.num_failed_writes += 1
+        self.num_lost += max(0, len(self._pending) - _MAX_PENDING)
+        self._pending = self._pending[-_MAX_PENDING:]
+        if not isinstance(error, sqlite3.OperationalError):  # not a full disk: the file itself
+            with suppress(sqlite3.Error, OSError):
+                self._begin_again(error)
+
+    def _begin_again(self, error: sqlite3.Error) -> None:
+        if error_code(error) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+            raise error  # another process has it
+        if hasattr(self, "_connection"):
+            self._connection.close()
+        # The log first: a log without its file is ignored, but one beside an empty file would be played into it.
+        for suffix in ("-wal", "-shm", ""):
+            if os.path.exists(self._path + suffix):
+                os.replace(self._path + suffix, f"{self._path}.damaged{suffix}")
+        self._use(_open(self._path))
+        self._say(
+            f"{self._path} is damaged ({error}) and is set aside as {self._path}.damaged; the ledger's history begins "
+            "again, and the run does not need it"
+        )
+
+    def _use(self, connection: sqlite3.Connection) -> None:
+        self._connection = connection
+        self._num_events = self._number("SELECT COALESCE(MAX(id), 0) FROM events")
+
+
+def _open(path: str) -> sqlite3.Connection:
+    """Open a sound file, or make one."""
+    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=_BUSY_TIMEOUT_S)
+    try:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = FULL")
+        if not connection.execute("SELECT COUNT(*) FROM sqlite_schema").fetchone()[0]:
+            connection.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {_SCHEMA_VERSION}; COMMIT;")
+        _check(connection)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def _check(connection: sqlite3.Connection) -> None:
+    found = connection.execute("PRAGMA user_version").fetchone()[0]
+    if found != _SCHEMA_VERSION:
+        raise sqlite3.DatabaseError(f"its version must be {_SCHEMA_VERSION}, got {found}")
+    verdict = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+    if verdict != "ok":
+        raise sqlite3.DatabaseError(verdict)
+    LedgerHistory(connection).history("a name")  # all tables and columns are there
+
+
+@contextmanager
+def _transaction(connection: sqlite3.Connection) -> Iterator[sqlite3.Connection]:
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        yield connection
+        connection.execute("COMMIT")
+    finally:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+
+
+def _row(number: int, at: float, transition: Transition) -> tuple[object, ...]:
+    reason = transition.reason
+    return (
+        number,
+        at,
+        transition.group_id,
+        str(transition.state),
+        transition.lease_id,
+        transition.worker,
+        transition.version,
+        transition.incarnation,
+        transition.step,
+        reason and reason.encode(errors="backslashreplace").decode(),  # an exception's text may hold half a character
+    )

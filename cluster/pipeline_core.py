@@ -1,0 +1,353 @@
+"""The pipeline's inside: prompts become leases, leases become judged groups, judged groups become batches.
+
+Owns the prompt order, the ledger and the dispatcher, and tells the workers what the dispatcher decides.  Everything
+happens in the one thread that calls `advance`; requests and answers arrive through `inbox`.
+"""
+
+import queue
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import pyarrow as pa
+
+from actors.prompts import DrawnPrompt, PromptSource
+from cluster.config import RunConfig
+from cluster.dispatcher import DataError, Dispatcher, Limits, Round
+from cluster.fleet import FleetConfig
+from cluster.groups import Batch, held_out_work, training_work
+from cluster.ledger import GroupState, Ledger, Transition
+from cluster.messages import Kill, Role, Start, Weights, Workers
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what, done, total)."""
+
+_FLUSH_S = 0.5
+"""Transitions wait at most so long for their transaction."""
+
+_REWARD_CAPACITY = 2
+"""One group is judged while the next one is on its way."""
+
+
+class WeightsLostError(RuntimeError):
+    """No worker can fetch the newest weights any more; publish them again."""
+
+
+class LedgerJournal(Protocol):
+    """Keeps transitions for people to read; `LedgerStore` is one."""
+
+    def append(self, transitions: Sequence[Transition], now: float) -> None:
+        """Write them durably, all or none."""
+
+    def close(self) -> None:
+        """Write what is buffered."""
+
+
+class Unrecorded:
+    """A journal that keeps nothing."""
+
+    def append(self, transitions: Sequence[Transition], now: float) -> None:
+        """Forget them."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+@dataclass(slots=True, kw_only=True)
+class _Open:
+    """A round somebody wants."""
+
+    step: int
+    num_wanted: int
+    """Finished groups it needs; 0 = whatever it was given."""
+    position: dict[str, Any] = field(default_factory=dict)
+    """Of the prompts, after this round's last draw."""
+    waiter: "Future[Batch] | None" = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Request:
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    future: "Future[Any]"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Answer:
+    call_id: int
+    value: Any
+
+
+class PipelineCore:
+    """See the module.  Methods are called in the pipeline's thread, `ask` in any.
+
+    Args:
+        config: the run's.
+        prompts: of training; nobody else draws from it.
+        workers: the processes.
+        ledger: of training.
+        journal: told every transition.
+        clock: seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        prompts: PromptSource,
+        workers: Workers,
+        ledger: Ledger,
+        journal: LedgerJournal,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._config = config
+        self._prompts = prompts
+        self._workers = workers
+        self._ledger = ledger
+        self._journal = journal
+        self._clock = clock
+        self._dispatcher = Dispatcher(fleets=fleets(config), limits=limits(config), ledger=ledger)
+        self._inbox: queue.SimpleQueue[_Request | _Answer] = queue.SimpleQueue()
+        self._rounds: dict[Any, _Open] = {}
+        self._ready: Future[None] = Future()
+        self._flushed_at = clock()
+        self.on_progress: Progress = lambda what, done, total: None
+        self._dispatcher.tick(clock())
+
+    def ask(self, function: Callable[..., Any], *arguments: Any) -> "Future[Any]":
+        """Have a method called in the pipeline's thread; a future that it returns is passed on."""
+        future: Future[Any] = Future()
+        self._inbox.put(_Request(function=function, arguments=arguments, future=future))
+        return future
+
+    def advance(self, longest_wait_s: float | None = None) -> None:
+        """Wait for something to happen, at most until the dispatcher's next look at the clock, and deal with it."""
+        self._execute()
+        for item in self._arrived(self._wait_s(longest_wait_s)):
+            if isinstance(item, _Answer):
+                self._dispatcher.replied(item.call_id, item.value, self._clock())
+            else:
+                self._serve(item)
+        self._dispatcher.tick(self._clock())
+        self._execute()
+        self._settle_rounds()
+        if self._clock() - self._flushed_at >= _FLUSH_S:
+            self.flush()
+
+    def ready(self) -> "Future[None]":
+        """Return a future for all workers being up; it fails when one cannot start."""
+        self._ready = Future()
+        return self._ready
+
+    def batch(self, step: int) -> "Future[Batch]":
+        """Return a future for a step's batch, whose prompts are drawn at the first call.
+
+        It fails when the pipeline cannot go on; asked again after a remedy, it goes on.
+        """
+        if step not in self._rounds:
+            self._rounds[step] = _Open(step=step, num_wanted=self._config.rollouts.prompts_per_step)
+            self._draw(step, self._config.rollouts.prompts_per_step)
+        return self._when_done(step)
+
+    def evaluation(self, version: int, prompts: Sequence[DrawnPrompt]) -> "Future[Batch]":
+        """Return a future for the judged answers to held-out prompts; see `batch`."""
+        name = ("evaluation", version)
+        if name not in self._rounds:
+            self._rounds[name] = _Open(step=0, num_wanted=0)
+            works = [held_out_work(self._config, prompt) for prompt in prompts]
+            self._dispatcher.admit(name, {work.group_id: work for work in works}, Ledger(), self._clock())
+        return self._when_done(name)
+
+    def publish(self, weights: Weights, publication: Any) -> None:
+        """Make weights the ones that everything is generated with from now on."""
+        self._dispatcher.publish(weights, publication, self._clock())
+
+    def replay(self, batch: Batch) -> None:
+        """Account for a batch that was read from the redo log, as if it had been generated now."""
+        for identity, reason in batch.quarantined.items():
+            self._ledger.accept(identity)
+            self._ledger.end(identity, GroupState.QUARANTINED, reason)
+        for identity in batch.group_ids:
+            self._ledger.accept(identity)
+            self._ledger.replay(identity, batch.after["leases"][identity], batch.step)
+        self._prompts.seek(batch.after["prompts"])
+
+    def settle(self, batch: Batch, dropped: str | None) -> dict[str, int]:
+        """End a batch's groups, TRAINED or DROPPED for a reason; return the ledger's counts, which must add up."""
+        for identity in batch.group_ids:
+            if dropped is None:
+                self._ledger.train(identity, batch.step)
+            else:
+                self._ledger.end(identity, GroupState.DROPPED, dropped)
+        self.flush()
+        return self._ledger.counts()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain data for the checkpoint."""
+        return {"prompts": self._prompts.position, "ledger": self._ledger.snapshot()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where a checkpoint stopped."""
+        self._prompts.seek(state["prompts"])
+        self._ledger.restore(state["ledger"])
+
+    def counts(self) -> dict[str, int]:
+        """Return the ledger's counts."""
+        return self._ledger.counts()
+
+    def fault_counts(self) -> dict[str, int]:
+        """Return how often things went wrong in this process's life, by name."""
+        return self._dispatcher.counters
+
+    def flush(self) -> None:
+        """Give the journal what has happened."""
+        self._flushed_at = self._clock()
+        transitions = self._ledger.take_transitions()
+        if transitions:
+            self._journal.append(transitions, time.time())
+
+    def close(self) -> None:
+        """End all workers, and the journal."""
+        self._workers.close()
+        self.flush()
+        self._journal.close()
+
+    def fail(self, error: BaseException) -> None:
+        """Let nobody wait for ever: everything that is asked or waited for fails."""
+        _fail(self._ready, error)
+        for open_round in self._rounds.values():
+            _fail(open_round.waiter, error)
+        for item in self._arrived(0.0):
+            if isinstance(item, _Request):
+                _fail(item.future, error)
+
+    def next_wakeup(self) -> float | None:
+        """Return when the clock must be looked at, None = only an answer or a request can change anything."""
+        return self._dispatcher.next_wakeup()
+
+    def _when_done(self, name: Any) -> "Future[Batch]":
+        waiter: Future[Batch] = Future()
+        self._rounds[name].waiter = waiter
+        return waiter
+
+    def _serve(self, request: _Request) -> None:
+        try:
+            result = request.function(*request.arguments)
+        except Exception as error:  # the one who asked gets it, whatever it is
+            request.future.set_exception(error)
+        else:
+            request.future.set_result(result)
+
+    def _wait_s(self, longest_wait_s: float | None) -> float | None:
+        wakeup = self.next_wakeup()
+        waits = [] if wakeup is None else [max(0.0, wakeup - self._clock())]
+        return min([*waits, *([] if longest_wait_s is None else [longest_wait_s])], default=None)
+
+    def _arrived(self, wait_s: float | None) -> Iterator[_Request | _Answer]:
+        """Yield what is there, after waiting for the first."""
+        try:
+            yield self._inbox.get(block=wait_s != 0.0, timeout=wait_s or None)
+            while True:
+                yield self._inbox.get_nowait()
+        except queue.Empty:
+            return
+
+    def _execute(self) -> None:
+        for command in self._dispatcher.take_commands():
+            if isinstance(command, Start):
+                self._workers.start(command.worker)
+            elif isinstance(command, Kill):
+                self._workers.kill(command.worker)
+            else:
+                self._workers.call(command, self._reply)
+
+    def _reply(self, call_id: int, answer: Any) -> None:
+        self._inbox.put(_Answer(call_id=call_id, value=answer))
+
+    def _draw(self, name: int, count: int) -> None:
+        works = [training_work(self._config, prompt) for prompt in self._prompts.draw(count)]
+        self._rounds[name].position = self._prompts.position
+        self._dispatcher.admit(name, {work.group_id: work for work in works}, self._ledger, self._clock())
+
+    def _settle_rounds(self) -> None:
+        if self._dispatcher.error is not None:
+            _fail(self._ready, self._dispatcher.error)
+        elif self._dispatcher.is_ready and not self._ready.done():
+            self._ready.set_result(None)
+        for name, open_round in list(self._rounds.items()):
+            round_ = self._dispatcher.round(name)
+            num_missing = open_round.num_wanted - len(round_.finished) - round_.num_open
+            if num_missing > 0 and self._dispatcher.error is None:
+                self._draw(name, num_missing)  # the next prompts take the place of quarantined ones
+                self._execute()
+            if open_round.waiter is not None:
+                self._settle_round(name, open_round, round_)
+
+    def _settle_round(self, name: Any, open_round: _Open, round_: Round) -> None:
+        assert open_round.waiter is not None, "somebody waits for the round"
+        self.on_progress("groups", len(round_.finished), len(round_.finished) + round_.num_open)
+        error = self._dispatcher.error
+        if error is None and round_.is_done and not round_.finished:
+            error = DataError(f"at least one group must be answered, and all failed: {round_.quarantined}")
+        if error is None and self._dispatcher.weights_lost and not round_.is_done:
+            error = WeightsLostError(self._dispatcher.weights_lost)
+        if error is not None:
+            open_round.waiter, waiter = None, open_round.waiter
+            _fail(waiter, error)
+        elif round_.is_done:
+            batch = self._batch(open_round, self._dispatcher.close_round(name))
+            del self._rounds[name]  # after the batch is made: until then `fail` finds the waiter here
+            open_round.waiter.set_result(batch)
+
+    def _batch(self, open_round: _Open, round_: Round) -> Batch:
+        identities = tuple(sorted(round_.finished))
+        if open_round.num_wanted:
+            for identity in identities:
+                self._ledger.batch(identity, open_round.step)
+        return Batch(
+            step=open_round.step,
+            group_ids=identities,
+            tables=tuple(round_.finished[identity][0] for identity in identities),
+            samples=pa.concat_tables([round_.finished[identity][1] for identity in identities]),
+            generate_s=round_.last_generated_at - (round_.first_lease_at or 0.0),
+            score_s=round_.last_finished_at - round_.last_generated_at,
+            after={
+                "prompts": open_round.position,
+                "leases": round_.leases,
+                "quarantined": round_.quarantined,
+            },
+            quarantined=round_.quarantined,
+        )
+
+
+def fleets(config: RunConfig) -> dict[Role, FleetConfig]:
+    """Return what each role's fleet is."""
+    rollouts = config.rollouts
+    # The engine's rows are filled twice over: as groups finish, others are there to take their rows.
+    in_rows = 2 * -(-rollouts.max_rows // rollouts.samples_per_prompt)
+    ready_timeout_s, max_restarts = config.placement.ready_timeout_s, config.pipeline.max_restarts
+    return {
+        role: FleetConfig(count=count, capacity=capacity, ready_timeout_s=ready_timeout_s, max_restarts=max_restarts)
+        for role, count, capacity in (
+            (Role.ROLLOUT, rollouts.num_workers, in_rows),
+            (Role.REWARD, config.reward.num_workers, _REWARD_CAPACITY),
+        )
+    }
+
+
+def limits(config: RunConfig) -> Limits:
+    """Return when the dispatcher loses patience."""
+    pipeline = config.pipeline
+    return Limits(
+        timeout_s=pipeline.timeout_s,
+        heartbeat_s=pipeline.heartbeat_s,
+        max_retries=pipeline.max_retries,
+        max_quarantined=pipeline.max_quarantined,
+    )
+
+
+def _fail(future: "Future[Any] | None", error: BaseException) -> None:
+    if future is not None and not future.done():
+        future.set_exception(error)

@@ -1,0 +1,215 @@
+"""What is said of a schedule: the final weights' own list against the ledger, and both against the data."""
+
+from collections import Counter
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+from cluster.ledger import GroupState
+from cluster.storage import RunStorage
+from tests.simulated_learner import moments_after, read_shares
+from tests.simulated_run import Life, accepted_order, live
+from tests.simulated_truth import Trained, lineage
+from tests.simulated_world import Data, digest
+
+NUM_DATA = 24
+"""Data sets; a schedule's is its seed modulo this, so that the undisturbed runs are few."""
+
+Planted = Callable[[], AbstractContextManager[None]]
+"""Puts a bug into the code that runs, for as long as it is entered."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Verdict:
+    """What went wrong in a schedule; all lists empty = nothing."""
+
+    seed: int
+    lost: list[str] = field(default_factory=list)
+    """Accepted groups that ended nowhere."""
+    duplicated: list[str] = field(default_factory=list)
+    """Groups in the weights more than once, or although they ended otherwise."""
+    unresolved: list[str] = field(default_factory=list)
+    """Why the run did not end as it may."""
+    wrong: list[str] = field(default_factory=list)
+    """Broken promises: weights, controller, metrics, conservation."""
+    gave_up: str = ""
+    """The typed error it ended with, budgets being exhausted."""
+    injected: Counter[str] = field(default_factory=Counter)
+    num_starts: int = 0
+    num_typed: int = 0
+    num_events: int = 0
+    num_past_wakeups: int = 0
+    is_exact: bool = True
+
+    @property
+    def is_good(self) -> bool:
+        """Whether nothing went wrong."""
+        return not (self.lost or self.duplicated or self.unresolved or self.wrong)
+
+    def __str__(self) -> str:
+        found = {name: getattr(self, name) for name in ("lost", "duplicated", "unresolved", "wrong")}
+        return f"seed {self.seed}: " + "; ".join(f"{name} {what}" for name, what in found.items() if what)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Undisturbed:
+    """How the run of a data set goes when nothing happens."""
+
+    exported: tuple[str, tuple[Trained, ...]] | None
+    rows: list[dict[str, Any]]
+    ended_by: str
+
+
+def judge(seed: int, *, planted: Planted = nullcontext, say: Callable[[str], None] | None = None) -> Verdict:
+    """Live a schedule, with a planted bug or without, and say what went wrong in it."""
+    data = Data.draw(seed % NUM_DATA)
+    undisturbed = undisturbed_run(data)
+    with planted():
+        verdict: Verdict = live(seed, data, say=say, examine=lambda life: _verdict(seed, life, undisturbed))
+    return verdict
+
+
+@cache
+def undisturbed_run(data: Data) -> Undisturbed:
+    """Return how a data set's run goes without faults."""
+
+    def examine(life: Life) -> Undisturbed:
+        assert not life.untyped and not life.num_typed, f"the undisturbed run fails: {life.untyped}"
+        return Undisturbed(
+            exported=life.place.truth.exported, rows=_timeless(life.rows or []), ended_by=life.ended_by.split(":")[0]
+        )
+
+    undisturbed: Undisturbed = live(None, data, examine=examine)
+    return undisturbed
+
+
+def _verdict(seed: int, life: Life, undisturbed: Undisturbed) -> Verdict:
+    world, truth = life.place.world, life.place.truth
+    verdict = Verdict(
+        seed=seed,
+        injected=world.injected,
+        num_starts=life.num_starts,
+        num_typed=life.num_typed,
+        num_events=world.num_events,
+        num_past_wakeups=world.num_past_wakeups,
+        is_exact=world.is_exact,
+        wrong=list(truth.accusations),
+    )
+    if world.num_past_wakeups:
+        verdict.wrong.append(f"the pipeline wanted to be woken in the past {world.num_past_wakeups} times")
+    if life.untyped:
+        verdict.unresolved.append(life.untyped)
+    elif life.is_complete:
+        _judge_complete(verdict, life, undisturbed)
+    elif life.ended_by:
+        verdict.gave_up = life.ended_by
+        if life.ended_by.split(":")[0] != undisturbed.ended_by and not world.injected["loss_not_finite_by_chance"]:
+            verdict.unresolved.append(life.ended_by)
+    elif life.num_typed:
+        verdict.gave_up = "typed errors"
+    else:
+        verdict.unresolved.append("no end")
+    _judge_checkpoint(verdict, life)
+    return verdict
+
+
+def _judge_complete(verdict: Verdict, life: Life, undisturbed: Undisturbed) -> None:
+    world, truth = life.place.world, life.place.truth
+    assert truth.exported is not None and life.counts is not None and life.rows is not None, "the run is complete"
+    hashed, trained = truth.exported
+    _judge_groups(verdict, life, trained)
+    _judge_weights(verdict, life, trained)
+    if undisturbed.ended_by and not world.injected["loss_not_finite_by_chance"]:
+        verdict.unresolved.append(f"the undisturbed run ends with {undisturbed.ended_by}")
+    elif world.is_exact:
+        if (hashed, trained) != undisturbed.exported:
+            verdict.wrong.append(f"final weights {hashed} differ from the undisturbed run's")
+        if _timeless(life.rows) != undisturbed.rows:
+            verdict.wrong.append(f"metrics differ from the undisturbed run's: {_difference(life.rows, undisturbed.rows)}")
+
+
+def _judge_groups(verdict: Verdict, life: Life, trained: tuple[Trained, ...]) -> None:
+    """Each accepted group must be in one place, and the weights are asked which."""
+    truth, counts = life.place.truth, life.counts
+    assert counts is not None and life.rows is not None, "the run is complete"
+    inside = Counter(group.group_id for group in trained)
+    step_of = {group.group_id: group.step for group in trained}
+    accepted = accepted_order(truth.data, life.position)
+    skipped = {row["step"] for row in life.rows if row.get("skipped")}
+    ends: Counter[str] = Counter()
+    for group_id in accepted:
+        last = truth.last_transition.get(group_id)
+        state = last.state if last is not None else None
+        ends[str(state)] += 1
+        is_dropped = state is GroupState.DROPPED and last is not None and last.step in skipped
+        is_quarantined = state is GroupState.QUARANTINED and truth.data.is_malformed(group_id)
+        is_trained = state is GroupState.TRAINED and last is not None and step_of.get(group_id) == last.step
+        if inside[group_id] > 1 or inside[group_id] and not is_trained:
+            verdict.duplicated.append(f"{group_id} ({inside[group_id]} times in the weights, {state})")
+        elif not inside[group_id] and not is_dropped and not is_quarantined:
+            verdict.lost.append(f"{group_id} (not in the weights, {state})")
+    verdict.duplicated += [f"{group_id} (never accepted)" for group_id in inside if group_id not in set(accepted)]
+    said = {name: counts[name] for name in ("trained", "dropped", "quarantined")}
+    if said != {name: ends[name] for name in said} or counts["accepted"] != len(accepted) or counts["in_flight"]:
+        verdict.wrong.append(f"the ledger counts {counts}, and of {len(accepted)} accepted groups there are {ends}")
+
+
+def _judge_weights(verdict: Verdict, life: Life, trained: tuple[Trained, ...]) -> None:
+    """Every sample is from the weights before its step, by the run's seed, and the controller has seen each batch."""
+    truth, config = life.place.truth, life.place.config
+    planned, observed = digest("moments"), digest("coefficient")
+    # A step that was learnt and is skipped by the next driver, or the reverse, leaves later rows on disk as they are.
+    is_lenient = bool(life.place.world.injected["loss_not_finite_by_chance"])
+    for step in sorted({group.step for group in trained}):
+        before = lineage(tuple(group for group in trained if group.step < step))
+        batch = [group for group in trained if group.step == step]
+        for group in batch:
+            made = truth.sampled[group.content]
+            if (made.group_id, made.seed) != (group.group_id, config.run.seed):
+                verdict.wrong.append(f"{group.group_id} was trained with the answer of {made.group_id}, seed {made.seed}")
+            if truth.lineage_of(made.weights) != before and not is_lenient:
+                verdict.wrong.append(f"{group.group_id} of step {step} was not sampled from the weights before it")
+        samples = digest(*sorted(f"{group.group_id}={group.score}" for group in batch for _ in range(2)))
+        planned = moments_after(planned, samples)
+        if {group.moments for group in batch} != {digest(planned, observed)}:
+            verdict.wrong.append(f"the controller had not seen exactly the steps before step {step}")
+        observed = moments_after(observed, samples)
+
+
+def _judge_checkpoint(verdict: Verdict, life: Life) -> None:
+    """The newest checkpoint is whole, and what is in it is one state."""
+    newest = RunStorage(life.place.disk.directory).newest_checkpoint()
+    if newest is None:
+        if life.is_complete:
+            verdict.wrong.append("there is no checkpoint at the end")
+        return
+    step, directory = newest
+    shares = read_shares(directory)
+    if shares[0] != shares[1] or any(group["step"] > step for group in shares[0]["trained"]):
+        verdict.wrong.append(f"the checkpoint of step {step} holds another state")
+    if life.is_complete and step != life.place.config.run.num_steps:
+        verdict.wrong.append(f"the newest checkpoint at the end is of step {step}")
+
+
+def _timeless(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Leave out times and fault counters."""
+    return [{name: row[name] for name in row if not _hangs_on_time(name)} for row in rows]
+
+
+def _hangs_on_time(name: str) -> bool:
+    return name.endswith("_s") or name.startswith("faults_")
+
+
+def _difference(rows: list[dict[str, Any]], expected: list[dict[str, Any]]) -> str:
+    ours = _timeless(rows)
+    if [row["step"] for row in ours] != [row["step"] for row in expected]:
+        return f"steps {[row['step'] for row in ours]}"
+    pairs = zip(ours, expected, strict=True)
+    return str([
+        (row["step"], name, row.get(name), other.get(name))
+        for row, other in pairs
+        for name in sorted({*row, *other})
+        if row.get(name) != other.get(name)
+    ][:3])

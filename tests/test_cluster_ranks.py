@@ -1,0 +1,133 @@
+"""Ranks as Ray actors: one deadline for all, the first failure ends the wait, and whatever hangs can be ended."""
+
+import os
+import pickle
+import signal
+import time
+
+import psutil
+import pytest
+
+from cluster.placement import Processes
+from cluster.ranks import GangError, GangPlace, Ranks
+
+
+class Toy:
+    def __init__(self, rank):
+        self.rank = rank
+
+    def pid(self):
+        return os.getpid()
+
+    def answer(self, seconds):
+        time.sleep(seconds[self.rank])
+        return self.rank
+
+    def fail(self):
+        if self.rank == 0:
+            time.sleep(60)
+        raise OSError(28, "no space left on device")
+
+    def lose_peer(self):
+        if self.rank == 0:
+            raise RuntimeError("connection closed by peer")
+        time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def stop(self):
+        if self.rank == 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    def variables(self):
+        names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CONCORD_GROUP_TIMEOUT_S")
+        return [os.environ[name] for name in names]
+
+
+@pytest.fixture(scope="module")
+def place(ray_cluster):
+    processes = Processes(role="learner", count=2, cpus=0.5, gpus=0.0, threads=1)
+    place = GangPlace(processes, ready_timeout_s=60.0)
+    yield place
+    place.close()
+
+
+@pytest.fixture
+def ranks(place):
+    ranks = start(place)
+    yield ranks
+    ranks.close()
+
+
+def start(place):
+    return Ranks(Toy, lambda rank: {"rank": rank}, place, group_timeout_s=7.5)
+
+
+def gather(ranks, method, *arguments, timeout_s=60.0):
+    calls = [getattr(actor, method).remote(*arguments) for actor in ranks.actors]
+    return ranks.gather(calls, what=f"testing {method}", timeout_s=timeout_s)
+
+
+def test_answers_come_in_rank_order_and_ranks_know_their_group(ranks):
+    assert gather(ranks, "answer", [0.5, 0.0]) == [0, 1]
+    first, second = gather(ranks, "variables")
+    assert (first[0], second[0]) == ("0", "1")
+    assert first[1:] == second[1:]
+    assert (first[1], first[2], first[4]) == ("2", "127.0.0.1", "7.5")
+
+
+def test_all_ranks_have_one_deadline_together(ranks):
+    gather(ranks, "pid")
+    started = time.monotonic()
+    with pytest.raises(GangError, match=r"testing answer must finish within 1 s and did not on rank 1; raise pipeline"):
+        gather(ranks, "answer", [0.7, 1.7], timeout_s=1.0)
+    assert time.monotonic() - started < 1.5, "a deadline for each answer would have let both pass"
+
+
+def test_the_first_failure_ends_the_wait_and_keeps_its_cause(ranks):
+    gather(ranks, "pid")
+    started = time.monotonic()
+    with pytest.raises(GangError, match=r"testing fail failed: OSError: .*no space left") as caught:
+        gather(ranks, "fail")
+    assert time.monotonic() - started < 10
+    assert isinstance(caught.value.cause, OSError)
+    assert caught.value.cause.errno == 28
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert (str(again), again.cause.errno) == (str(caught.value), 28)
+
+
+def test_the_death_of_a_process_explains_what_its_peer_reported(ranks):
+    gather(ranks, "pid")
+    with pytest.raises(GangError, match="testing lose_peer failed because its process died") as caught:
+        gather(ranks, "lose_peer")
+    assert caught.value.cause is None
+
+
+def test_a_stopped_rank_is_ended_and_another_gang_takes_its_place(ranks, place):
+    pids = gather(ranks, "pid")
+    with pytest.raises(GangError, match="did not on rank 1"):
+        gather(ranks, "stop", timeout_s=1.0)
+    assert psutil.Process(pids[1]).status() == psutil.STATUS_STOPPED
+    group, started = place.reserve(), time.monotonic()
+    ranks.close()
+    assert time.monotonic() - started < 1, "closing waits for nobody"
+    other = start(place)
+    try:
+        assert set(gather(other, "pid")).isdisjoint(pids)
+    finally:
+        other.close()
+    assert place.reserve() is group
+    _, alive = psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=20)
+    assert alive == []
+
+
+def test_a_place_that_is_gone_is_made_again(place):
+    from ray.util.placement_group import remove_placement_group
+
+    group = place.reserve()
+    remove_placement_group(group)
+    ranks = start(place)
+    try:
+        assert place.reserve() is not group
+        assert len(gather(ranks, "pid")) == 2
+    finally:
+        ranks.close()
