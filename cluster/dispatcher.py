@@ -174,6 +174,9 @@ class Dispatcher:
                 timeout_s = self.fleets[worker.role].config.ready_timeout_s
                 self._stop(NotReadyError(f"worker {worker} must be ready within {timeout_s:g} s and is not"))
             self._lose(worker, f"it did not answer {verb!s} in time", now)
+        for group in self._waiting:
+            if group.not_before <= now:
+                group.not_before = 0.0  # a backoff that is over asks for no other look at the clock
         self._dispatch(now)
 
     def next_wakeup(self) -> float | None:

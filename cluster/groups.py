@@ -53,7 +53,7 @@ class Batch:
     score_s: float = 0.0
     """From the last finished generation to the last score: what judging adds to the step."""
     after: dict[str, Any] = field(default_factory=dict)
-    """Plain data for the redo log: where the prompts stand after this batch, the groups' leases, and those quarantined."""
+    """Plain data for the redo log: where the prompts stand after this batch, leases, quarantined groups."""
     quarantined: dict[str, str] = field(default_factory=dict)
     """Groups that failed through their own fault -> reason."""
 

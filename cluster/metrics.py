@@ -4,7 +4,6 @@ Journal (`metrics.jsonl`), table (`metrics.parquet`), TensorBoard, and Ray's met
 """
 
 import json
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -57,10 +56,7 @@ class Recorder:
         """Append one row."""
         row = {"step": step, **values}
         self._rows.append(row)
-        with open(self._storage.path(_JOURNAL), "a", encoding="utf-8") as journal:
-            journal.write(json.dumps(row) + "\n")
-            journal.flush()
-            os.fsync(journal.fileno())
+        self._storage.append_text(json.dumps(row) + "\n", _JOURNAL)
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
             self._gauge(name).set(value)

@@ -164,7 +164,14 @@ class RecoveringLearner:
     def restore(self, step: int, directory: str) -> None:
         """Continue from a checkpoint, at the end of its step."""
         self.step_done = step
-        self._ask(lambda gang: self._load(gang, directory))
+        first = iter([directory])
+
+        def load(gang: Gang) -> None:
+            # A gang that was started again is there already, and this checkpoint may have turned out to be damaged.
+            if (whole := next(first, None)) is not None:
+                self._load(gang, whole)
+
+        self._ask(load)
 
     def step(self, batch: Batch) -> StepResult:
         """Learn from one batch, which is in the redo log already.

@@ -6,6 +6,7 @@ A learner that went back to a checkpoint learns the steps since then again from 
 them from here instead of generating them again.
 """
 
+import hashlib
 import json
 from typing import Any
 
@@ -19,6 +20,7 @@ from reward.samples import samples_of
 from reward.schema import SCORED
 
 _AFTER = b"concord.after"
+_DIGEST = b"concord.after.sha256"
 
 
 class RedoError(RuntimeError):
@@ -39,7 +41,8 @@ class RedoLog:
             rows: SCORED, the batch's groups one after another.
         """
         self.discard_after(batch.step)
-        metadata = {**SCORED.metadata, _AFTER: json.dumps(batch.after).encode()}
+        after = json.dumps(batch.after).encode()
+        metadata = {**SCORED.metadata, _AFTER: after, _DIGEST: _digest(after)}  # Parquet checks the rows, not this
         self._storage.write_table(rows.replace_schema_metadata(metadata), *_parts(batch.step))
 
     def has(self, step: int) -> bool:
@@ -58,7 +61,10 @@ class RedoLog:
             raise RedoError(f"{path} must be there to learn step {step} again, and is not; {remedy}")
         try:
             rows = self._storage.read_table(*_parts(step))
-            after: dict[str, Any] = json.loads(check(rows, SCORED, path).schema.metadata[_AFTER])
+            metadata = check(rows, SCORED, path).schema.metadata or {}
+            if _digest(metadata[_AFTER]) != metadata[_DIGEST]:
+                raise ValueError("metadata that differs from its digest")
+            after: dict[str, Any] = json.loads(metadata[_AFTER])
             rows = rows.cast(SCORED)
         except (OSError, pa.ArrowException, SchemaError, KeyError, ValueError) as error:
             raise RedoError(f"{path} must hold the rows of step {step}, got {error}; {remedy}") from error
@@ -71,6 +77,10 @@ class RedoLog:
             last += 1
         for later in range(last, step, -1):
             self._storage.remove(*_parts(later))
+
+
+def _digest(after: bytes) -> bytes:
+    return hashlib.sha256(after).hexdigest().encode()
 
 
 def _parts(step: int) -> tuple[str, str]:

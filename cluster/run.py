@@ -30,7 +30,7 @@ class Stopped(KeyboardInterrupt):
 class Run(Session):
     """A session that trains and keeps records.  Leaving it ends every process and closes the directory.
 
-    Leaving it because of `Stopped` saves the last finished step first.
+    Leaving it without an error completes the checkpoint under way; because of `Stopped`, saves the last finished step.
     """
 
     recorder: Recorder
@@ -43,7 +43,9 @@ class Run(Session):
 
     def __exit__(self, *exception: object) -> None:
         try:
-            if isinstance(exception[1], Stopped):
+            if exception[1] is None:
+                self._finish_checkpoint()
+            elif isinstance(exception[1], Stopped):
                 self.save()
                 self.display.say(f"stopped after step {self.step}; the same command continues the run")
         finally:
@@ -72,11 +74,7 @@ class Run(Session):
         """
         if self.redo.has(step) and (batch := self._from_redo_log(step)) is not None:
             return batch
-        try:
-            with self.stop.interruptible():
-                batch = self._asking(lambda: self.pipeline.take_batch(step), version=step - 1)
-        except KeyboardInterrupt:
-            raise Stopped from None
+        batch = self._asking(lambda: self._wait_for_batch(step), version=step - 1)
         self.redo.write(batch, self.tables(batch))
         return batch
 
@@ -172,6 +170,13 @@ class Run(Session):
                 self.learner.check()
                 self.publish(version)
         return ask()
+
+    def _wait_for_batch(self, step: int) -> Batch:
+        try:
+            with self.stop.interruptible():
+                return self.pipeline.take_batch(step)
+        except KeyboardInterrupt:
+            raise Stopped from None
 
     def _from_redo_log(self, step: int) -> Batch | None:
         try:

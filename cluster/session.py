@@ -227,8 +227,9 @@ class Session:
         self.learner.wait_ready()
 
     def _restore(self, step: int, directory: str) -> None:
+        state = self._read_state(step)  # first: while ranks are restored, the checkpoint may be set aside as damaged
         self.learner.restore(step, directory)
-        self.pipeline.load_state_dict(self._read_state(step)["pipeline"])
+        self.pipeline.load_state_dict(state["pipeline"])
         self.display.say(f"continuing after step {self.step}")
 
     def _read_state(self, step: int) -> dict[str, Any]:

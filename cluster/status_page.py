@@ -103,7 +103,7 @@ def _overview(status: RunStatus) -> list[tuple[str, str]]:
             f"{groups.quarantined} quarantined + {groups.in_flight} in flight",
         ),
         ("in flight", ", ".join(f"{count} {state}" for state, count in in_flight.items()) or "none"),
-        ("nothing lost, nothing twice", f"{_yes(status.is_conserved)} (as {groups.source} counts)"),
+        ("accounts add up", f"{_yes(status.is_conserved)} (as {groups.source} counts)"),
         ("malformed rows", str(status.num_malformed_rows)),
         ("faults", ", ".join(f"{name} {value:g}" for name, value in status.faults.items() if value) or "none recorded"),
         ("newest figures", ", ".join(figures) or "none yet"),

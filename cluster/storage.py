@@ -2,9 +2,11 @@
 
 config.yaml            the resolved configuration
 metrics.jsonl          one line a step, appended; compacted to metrics.parquet
-rollouts/step-N.parquet     what step N trained on
+rollouts/step-N.parquet     what step N trained on: the redo log
 evaluation/step-N.parquet   held-out responses of policy version N
 checkpoints/step-N/    resumable state; `checkpoints.py` says when it is whole
+ledger.sqlite          what happened to each group, for people to read
+incarnation            the last number given to a lineage of weights
 policy/                the last policy, for `from_pretrained`
 tensorboard/           event files
 summary.json           counts, quarantined rows, headline figures
@@ -164,13 +166,13 @@ class RunStorage:
     def write_table(self, table: pa.Table, *parts: str) -> None:
         """Write a Parquet file, whole or not at all, with the metadata of the table's schema."""
         content = pa.BufferOutputStream()
-        with pq.ParquetWriter(content, table.schema) as writer:
+        with pq.ParquetWriter(content, table.schema, write_page_checksum=True) as writer:
             writer.write_table(table)
         self._replace(self.path(*parts), content.getvalue())
 
     def read_table(self, *parts: str) -> pa.Table:
         """Return a Parquet file's table, `schema.metadata` as it was written."""
-        return pq.read_table(os.path.join(self.directory, *parts))
+        return pq.read_table(os.path.join(self.directory, *parts), page_checksum_verification=True)
 
     def remove(self, *parts: str) -> None:
         """Delete what lies there, if anything does."""

@@ -200,6 +200,6 @@ def _write_tensors(path: str, share: Share) -> None:
         file.write(len(text).to_bytes(8, "little") + text)
         fault("learner.write", share.rank)
         for tensor in share.tensors.values():
-            file.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())

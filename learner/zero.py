@@ -154,9 +154,7 @@ class ZeroEngine:
                 for key in MOMENTS:
                     _copy(self._adamw.state[master][key], saved[key])
             else:
-                self._deepspeed.utils.safe_set_full_fp32_param(parameter, saved["param"])
-                for key in MOMENTS:
-                    self._deepspeed.utils.safe_set_full_optimizer_state(parameter, saved[key], key)
+                self._set_sharded(parameter, saved)
             # DeepSpeed sets only the masters; what the forward pass reads is another tensor
             with self._deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=self._stage == 3):
                 _copy(parameter, saved["param"])
@@ -187,6 +185,24 @@ class ZeroEngine:
             self._adamw.state[master] = {"step": torch.tensor(0.0), **zeros}
         if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
             optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _set_sharded(self, parameter: nn.Parameter, saved: Mapping[str, torch.Tensor]) -> None:
+        """Set a parameter's float32 master and moments where DeepSpeed shards them."""
+        utils = self._deepspeed.utils
+        if self._stage != 3:
+            utils.safe_set_full_fp32_param(parameter, saved["param"])
+            for key in MOMENTS:
+                utils.safe_set_full_optimizer_state(parameter, saved[key], key)
+            return
+        # The full setters cut shards without the padding that evens them out: 3 values on 2 ranks are a, b and c, -
+        size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+        shards = {
+            key: nn.functional.pad(value.flatten(), (0, size * self.world_size - value.numel())).split(size)[self.rank]
+            for key, value in saved.items()
+        }
+        utils.safe_set_local_fp32_param(parameter, shards["param"])
+        for key in MOMENTS:
+            utils.safe_set_local_optimizer_state(parameter, shards[key], key)
 
     def _masters(self) -> dict[str, torch.Tensor]:
         """Return parameter name -> float32 master where nothing is sharded (stage 0), else nothing."""

@@ -132,11 +132,11 @@ def save_and_go_on(learner: LearnerRank, rank: int, directory: str, out: str) ->
 
 def resume(rank: int, directory: str, saved: str, stage: int) -> dict[str, Any]:
     """Load a state into a new gang; return what comes next."""
-    config = learner_config(backend="zero", num_ranks=WORLD_SIZE, zero_stage=stage)
+    config = learner_config(backend="zero", num_ranks=WORLD_SIZE, **VARIANTS[f"stage {stage}"])
     learner = learner_rank(directory, config, rank=rank)
     learner.load_state(saved)
     random, loaded = torch.rand(4), parameters(learner)
-    batch = toy_batch(directory, config, step=4)
+    batch = toy_batch(directory, learner_config(num_ranks=WORLD_SIZE, backend="zero"), step=4)
     learner.step(batch.tables, batch.plan)
     return {"random": random, "loaded": loaded, "next": parameters(learner)}
 

@@ -19,7 +19,7 @@ from cluster.ranks import GangError
 from learner.learner import Skipped
 from tests.simulated_disk import SimulatedDisk
 from tests.simulated_tables import score_of
-from tests.simulated_truth import Trained, Truth
+from tests.simulated_truth import Held, Trained, Truth
 from tests.simulated_world import World, digest
 
 NUM_SHARES = 2
@@ -32,14 +32,6 @@ class Plan:
     step: int
     moments: str
     """The controller's state: a hash of every batch it has seen, in order."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Held:
-    """Published weights, which die with the ranks that hold them."""
-
-    hashed: str
-    gang: int
 
 
 class SimulatedController:
@@ -122,7 +114,7 @@ class SimulatedGang:
         for group in groups:
             is_in_data = self._truth.data.is_not_finite(group.group_id)
             self._world.injected["loss_not_finite"] += is_in_data
-            if is_in_data or by_chance and group.group_id > groups[0].group_id:
+            if is_in_data or (by_chance and group.group_id > groups[0].group_id):
                 answer = Skipped(reason="the loss", has_changed=before != self._hash)
                 break
             self._trained += (group,)
@@ -135,9 +127,11 @@ class SimulatedGang:
         """Hand out the weights."""
         self._work(f"publishing {version}", 0.5, deadly="rank_death_in_publish")
         if self._world.strikes("rank_death_between_calls"):
-            self._world.later(self._world.random.uniform(0.0, 10.0), self._die)
-        self._truth.published(Weights(incarnation=incarnation, version=version), self._hash, self._trained)
-        bucket = Bucket(entries=(), num_bytes=0, handle=Held(hashed=self._hash, gang=self._number))
+            self._world.later(self._world.random.uniform(0.0, 5.0), self._die)
+        weights = Weights(incarnation=incarnation, version=version)
+        held = Held(weights=weights, hashed=self._hash, gang=self._number)
+        self._truth.published(held, self._trained)
+        bucket = Bucket(entries=(), num_bytes=0, handle=held)
         return Publication(version=version, incarnation=incarnation, buckets=(bucket,))
 
     def begin_save(self, directory: str) -> None:
@@ -179,14 +173,16 @@ class SimulatedGang:
 
     def close(self) -> None:
         """End the ranks."""
-        self._die()
+        self._truth.living_gangs.discard(self._number)
 
     @property
     def _is_alive(self) -> bool:
         return self._number in self._truth.living_gangs
 
     def _die(self) -> None:
-        self._truth.living_gangs.discard(self._number)
+        if self._is_alive:
+            self._truth.living_gangs.discard(self._number)
+            self._disk.damage()
 
     def _groups(self, plan: Plan, tables: Sequence[pa.Table]) -> list[Trained]:
         groups = []

@@ -21,6 +21,15 @@ class Trained:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Held:
+    """Weights as they were published; they can be fetched as long as the gang lives."""
+
+    weights: Weights
+    hashed: str
+    gang: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Sampled:
     """What a worker held when it generated a group."""
 
@@ -61,13 +70,13 @@ class Truth:
         self.living_gangs.add(self._num_gangs)
         return self._num_gangs
 
-    def published(self, weights: Weights, hashed: str, trained: tuple[Trained, ...]) -> None:
+    def published(self, held: Held, trained: tuple[Trained, ...]) -> None:
         """The learner hands out weights under a name, which must mean one thing for ever."""
-        self._lineages[hashed] = lineage(trained)
-        known = self._published.setdefault(weights, hashed)
-        if known != hashed:
-            self.accusations.append(f"weights {weights} were published twice, as {known} and {hashed}")
-        self._newest = weights
+        self._lineages[held.hashed] = lineage(trained)
+        known = self._published.setdefault(held.weights, held.hashed)
+        if known != held.hashed:
+            self.accusations.append(f"weights {held.weights} were published twice, as {known} and {held.hashed}")
+        self._newest = held.weights
 
     def called(self, call: Call) -> None:
         """A worker is asked: groups are generated with the newest weights only."""
@@ -82,16 +91,17 @@ class Truth:
         """Return what published weights had been trained on."""
         return self._lineages[hashed]
 
-    def generated(self, call: Call, lease: Lease, held: str) -> str:
+    def generated(self, call: Call, lease: Lease, held: Held | None) -> str:
         """A worker that holds weights has generated a group; return the content."""
         assert call.lease is not None, f"call {call.call_id} has a lease"
-        if self._published.get(call.lease.weights) != held:
+        if held is None or held.weights != call.lease.weights:
+            found = held.weights if held else "none"
             self.accusations.append(
-                f"{lease.group_id} was promised weights {call.lease.weights} and sampled from {held or 'none'} by "
-                f"{call.worker}"
+                f"{lease.group_id} was promised weights {call.lease.weights} and sampled from {found} by {call.worker}"
             )
-        content = digest("content", held, lease.group_id, lease.seed)
-        self.sampled[content] = Sampled(group_id=lease.group_id, seed=lease.seed, weights=held)
+        hashed = held.hashed if held else ""
+        content = digest("content", hashed, lease.group_id, lease.seed)
+        self.sampled[content] = Sampled(group_id=lease.group_id, seed=lease.seed, weights=hashed)
         return content
 
     def always_fails(self, call: Call) -> bool:

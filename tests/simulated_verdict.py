@@ -37,8 +37,9 @@ class Verdict:
     gave_up: str = ""
     """The typed error it ended with, budgets being exhausted."""
     injected: Counter[str] = field(default_factory=Counter)
+    trace: int = 0
     num_starts: int = 0
-    num_typed: int = 0
+    typed: Counter[str] = field(default_factory=Counter)
     num_events: int = 0
     num_past_wakeups: int = 0
     is_exact: bool = True
@@ -76,9 +77,10 @@ def undisturbed_run(data: Data) -> Undisturbed:
     """Return how a data set's run goes without faults."""
 
     def examine(life: Life) -> Undisturbed:
-        assert not life.untyped and not life.num_typed, f"the undisturbed run fails: {life.untyped}"
+        assert not life.untyped, f"the undisturbed run fails: {life.untyped}"
+        assert not life.typed, "the undisturbed run gives up"
         return Undisturbed(
-            exported=life.place.truth.exported, rows=_timeless(life.rows or []), ended_by=life.ended_by.split(":")[0]
+            exported=life.place.truth.exported, rows=_timeless(life.rows), ended_by=life.ended_by.split(":")[0]
         )
 
     undisturbed: Undisturbed = live(None, data, examine=examine)
@@ -90,8 +92,9 @@ def _verdict(seed: int, life: Life, undisturbed: Undisturbed) -> Verdict:
     verdict = Verdict(
         seed=seed,
         injected=world.injected,
+        trace=world.trace,
         num_starts=life.num_starts,
-        num_typed=life.num_typed,
+        typed=life.typed,
         num_events=world.num_events,
         num_past_wakeups=world.num_past_wakeups,
         is_exact=world.is_exact,
@@ -107,7 +110,7 @@ def _verdict(seed: int, life: Life, undisturbed: Undisturbed) -> Verdict:
         verdict.gave_up = life.ended_by
         if life.ended_by.split(":")[0] != undisturbed.ended_by and not world.injected["loss_not_finite_by_chance"]:
             verdict.unresolved.append(life.ended_by)
-    elif life.num_typed:
+    elif life.typed:
         verdict.gave_up = "typed errors"
     else:
         verdict.unresolved.append("no end")
@@ -117,7 +120,7 @@ def _verdict(seed: int, life: Life, undisturbed: Undisturbed) -> Verdict:
 
 def _judge_complete(verdict: Verdict, life: Life, undisturbed: Undisturbed) -> None:
     world, truth = life.place.world, life.place.truth
-    assert truth.exported is not None and life.counts is not None and life.rows is not None, "the run is complete"
+    assert truth.exported is not None, "the run is complete"
     hashed, trained = truth.exported
     _judge_groups(verdict, life, trained)
     _judge_weights(verdict, life, trained)
@@ -127,13 +130,14 @@ def _judge_complete(verdict: Verdict, life: Life, undisturbed: Undisturbed) -> N
         if (hashed, trained) != undisturbed.exported:
             verdict.wrong.append(f"final weights {hashed} differ from the undisturbed run's")
         if _timeless(life.rows) != undisturbed.rows:
-            verdict.wrong.append(f"metrics differ from the undisturbed run's: {_difference(life.rows, undisturbed.rows)}")
+            verdict.wrong.append(
+                f"metrics differ from the undisturbed run's: {_difference(life.rows, undisturbed.rows)}"
+            )
 
 
 def _judge_groups(verdict: Verdict, life: Life, trained: tuple[Trained, ...]) -> None:
     """Each accepted group must be in one place, and the weights are asked which."""
     truth, counts = life.place.truth, life.counts
-    assert counts is not None and life.rows is not None, "the run is complete"
     inside = Counter(group.group_id for group in trained)
     step_of = {group.group_id: group.step for group in trained}
     accepted = accepted_order(truth.data, life.position)
@@ -146,11 +150,13 @@ def _judge_groups(verdict: Verdict, life: Life, trained: tuple[Trained, ...]) ->
         is_dropped = state is GroupState.DROPPED and last is not None and last.step in skipped
         is_quarantined = state is GroupState.QUARANTINED and truth.data.is_malformed(group_id)
         is_trained = state is GroupState.TRAINED and last is not None and step_of.get(group_id) == last.step
-        if inside[group_id] > 1 or inside[group_id] and not is_trained:
+        if inside[group_id] > 1 or (inside[group_id] and not is_trained):
             verdict.duplicated.append(f"{group_id} ({inside[group_id]} times in the weights, {state})")
         elif not inside[group_id] and not is_dropped and not is_quarantined:
             verdict.lost.append(f"{group_id} (not in the weights, {state})")
     verdict.duplicated += [f"{group_id} (never accepted)" for group_id in inside if group_id not in set(accepted)]
+    if life.told != counts:
+        verdict.wrong.append(f"the ledger counts {counts}, and its history {life.told}")
     said = {name: counts[name] for name in ("trained", "dropped", "quarantined")}
     if said != {name: ends[name] for name in said} or counts["accepted"] != len(accepted) or counts["in_flight"]:
         verdict.wrong.append(f"the ledger counts {counts}, and of {len(accepted)} accepted groups there are {ends}")
@@ -168,7 +174,9 @@ def _judge_weights(verdict: Verdict, life: Life, trained: tuple[Trained, ...]) -
         for group in batch:
             made = truth.sampled[group.content]
             if (made.group_id, made.seed) != (group.group_id, config.run.seed):
-                verdict.wrong.append(f"{group.group_id} was trained with the answer of {made.group_id}, seed {made.seed}")
+                verdict.wrong.append(
+                    f"{group.group_id} was trained with the answer of {made.group_id}, seed {made.seed}"
+                )
             if truth.lineage_of(made.weights) != before and not is_lenient:
                 verdict.wrong.append(f"{group.group_id} of step {step} was not sampled from the weights before it")
         samples = digest(*sorted(f"{group.group_id}={group.score}" for group in batch for _ in range(2)))
@@ -207,9 +215,11 @@ def _difference(rows: list[dict[str, Any]], expected: list[dict[str, Any]]) -> s
     if [row["step"] for row in ours] != [row["step"] for row in expected]:
         return f"steps {[row['step'] for row in ours]}"
     pairs = zip(ours, expected, strict=True)
-    return str([
-        (row["step"], name, row.get(name), other.get(name))
-        for row, other in pairs
-        for name in sorted({*row, *other})
-        if row.get(name) != other.get(name)
-    ][:3])
+    return str(
+        [
+            (row["step"], name, row.get(name), other.get(name))
+            for row, other in pairs
+            for name in sorted({*row, *other})
+            if row.get(name) != other.get(name)
+        ][:3]
+    )

@@ -6,7 +6,7 @@ from typing import Any
 from actors.rollout_worker import Lease
 from cluster.messages import Call, Failure, FailureKind, Reply, Verb, WorkerId
 from tests.simulated_tables import judged, rollouts_of
-from tests.simulated_truth import Truth
+from tests.simulated_truth import Held, Truth
 from tests.simulated_world import World
 
 _DIED = Failure(kind=FailureKind.DIED, text="its process died (simulated)")
@@ -18,8 +18,8 @@ class _Process:
 
     is_alive: bool = True
     is_hung: bool = False
-    holds: str = ""
-    """Hash of the weights it samples from."""
+    holds: Held | None = None
+    """The weights it samples from."""
     calls: dict[int, tuple[Call, Reply]] = field(default_factory=dict)
     """Unanswered calls; a death answers them all."""
 
@@ -30,7 +30,7 @@ class _Attempt:
 
     call: Call
     process: _Process
-    holds: str
+    holds: Held | None
     """The weights at that moment."""
     lease: Lease | None
     """The order for a group that is to be generated."""
@@ -80,7 +80,7 @@ class SimulatedWorkers:
             return
         world = self._world
         seconds = world.random.uniform(*_DURATIONS[call.verb])
-        if call.verb is Verb.LOAD and world.strikes("fetch_death") or world.strikes("worker_death"):
+        if (call.verb is Verb.LOAD and world.strikes("fetch_death")) or world.strikes("worker_death"):
             world.later(world.random.uniform(0.0, seconds), lambda: self._die(process))
         elif call.verb is not Verb.READY and world.strikes("worker_hang"):
             world.later(world.random.uniform(0.0, seconds), lambda: self._hang(process))
@@ -114,10 +114,12 @@ class SimulatedWorkers:
     def _answer(self, attempt: _Attempt) -> Any:
         call = attempt.call
         if call.verb is Verb.LOAD:
-            held = call.payload.buckets[0].handle
+            held: Held = call.payload.buckets[0].handle
             if held.gang not in self._truth.living_gangs or self._world.strikes("fetch_failure"):
                 return Failure(kind=FailureKind.INFRA, text="the weights could not be fetched (simulated)")
-            attempt.process.holds = held.hashed
+            attempt.process.holds = held
+        if call.verb is Verb.READY and self._world.strikes("start_error"):
+            return Failure(kind=FailureKind.DATA, text="the constructor raised (simulated)")
         if call.lease is None:
             return None
         failure = self._failure(call)

@@ -1,8 +1,8 @@
 """One schedule of the simulation: virtual time, seeded chance, and the notes that the verdict is taken from.
 
 Everything random comes from one generator that is seeded with the schedule's seed, and nothing else decides: a seed is
-a schedule.  What belongs to the data (malformed groups, non-finite losses) hangs on the data's own seed instead, so that
-it is the same in the undisturbed run of the same data.
+a schedule.  What belongs to the data (malformed groups, non-finite losses) hangs on the data's own seed instead, and is
+the same in the undisturbed run of the same data.
 """
 
 import hashlib
@@ -24,13 +24,14 @@ CHANCES = {
     "data_failure": 0.03,  # once in the life of a group: the second attempt works
     "fetch_death": 0.03,  # while it takes new weights
     "fetch_failure": 0.02,
-    "start_failure": 0.05,  # a constructor raises or its process dies
+    "start_failure": 0.05,  # the process dies in its constructor
     "start_hang": 0.03,
+    "start_error": 0.01,  # the constructor raises
     "rank_death_before_step": 0.04,
     "rank_death_after_step": 0.06,  # applied, not acknowledged
     "rank_hang": 0.03,
     "loss_not_finite_by_chance": 0.02,  # where a replay may go another way
-    "rank_death_between_calls": 0.05,  # with it goes what it has published and nobody has fetched
+    "rank_death_between_calls": 0.1,  # with it goes what it has published and nobody has fetched
     "rank_death_in_publish": 0.03,
     "rank_death_in_gather": 0.06,
     "rank_death_in_write": 0.06,
@@ -59,7 +60,7 @@ class Crash(BaseException):
     """The driver's process is gone; whatever it still tries does nothing."""
 
 
-class Endless(RuntimeError):
+class EndlessError(RuntimeError):
     """A schedule did not come to an end: somebody waits for what never comes."""
 
 
@@ -132,6 +133,8 @@ class World:
         """Whether the driver's process is gone: nothing it does has an effect any more."""
         self.num_crashes = 0
         self.num_events = 0
+        self.trace = 0
+        """A hash of when things happened: the same in every replay."""
         self.num_past_wakeups = 0
         """Turns after which the pipeline wanted to be woken in the past, which costs a core of its thread."""
         self._say = say
@@ -165,7 +168,7 @@ class World:
 
         Raises:
             Crash: when the driver dies.
-            Endless: when nothing will ever happen, or too much has.
+            EndlessError: when nothing will ever happen, or too much has.
         """
         self.crash_if("crash_any_time")
         if self.num_crashes < MAX_CRASHES and self.strikes("stop_request"):
@@ -180,11 +183,12 @@ class World:
             self.now, _, action = heapq.heappop(self._events)
             action()
         elif limit == math.inf:
-            raise Endless(f"somebody waits at {self.now:.0f} s for what never comes")
+            raise EndlessError(f"somebody waits at {self.now:.0f} s for what never comes")
         else:
             self.now = limit
         if self.num_events > _MAX_EVENTS:
-            raise Endless(f"the schedule must end within {_MAX_EVENTS} events, and is at {self.now:.0f} s")
+            raise EndlessError(f"the schedule must end within {_MAX_EVENTS} events, and is at {self.now:.0f} s")
+        self.trace = hash((self.trace, self.now))  # of numbers, so no process's own salt is in it
         self._turn()
 
     def pass_time(self, seconds: float) -> None:

@@ -207,6 +207,16 @@ def test_a_judge_that_lost_its_input_makes_the_group_generated_again():
     assert [c.lease.lease_id for c in world.calls(Verb.GENERATE)] == [2]
 
 
+def test_a_backoff_that_is_over_asks_for_no_look_at_the_clock():
+    world = World(rollouts=1, capacity=1)
+    world.begin("a", "b")
+    world.fail(world.calls(Verb.GENERATE)[0], FailureKind.INFRA)
+    assert [call.lease.group_id for call in world.calls(Verb.GENERATE)] == ["b"]
+    assert world.dispatcher.next_wakeup() == 0.5
+    world.tick(0.5)
+    assert world.dispatcher.next_wakeup() == 10.0, "the deadline of b; a waits for the worker, not for the time"
+
+
 def test_restarts_back_off_and_an_empty_fleet_is_an_error():
     world = World(rollouts=1, max_restarts=2)
     world.begin("a")

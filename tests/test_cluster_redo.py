@@ -141,3 +141,25 @@ def test_a_file_that_cannot_be_read_is_named(storage, damage):
         RedoError, match=r"rollouts/step-5\.parquet must .*step 5.*continue the run with the same command"
     ):
         log.read(5)
+
+
+def test_a_flipped_bit_is_found_or_harmless(storage):
+    log = RedoLog(storage)
+    write(log, batch(5))
+    path = storage.path("rollouts", "step-5.parquet")
+    with open(path, "rb") as file:
+        whole = file.read()
+    num_found = 0
+    for position in range(0, len(whole), 7):
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << position % 8
+        with open(path, "wb") as file:
+            file.write(damaged)
+        try:
+            found = log.read(5)
+        except RedoError:
+            num_found += 1
+            continue
+        assert found.after == AFTER, position
+        assert [table.equals(again) for table, again in zip(found.tables, batch(5).tables, strict=True)] == [True] * 3
+    assert num_found > 0.5 * len(range(0, len(whole), 7)), "most bytes are rows and what they mean"

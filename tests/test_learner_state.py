@@ -16,7 +16,6 @@ from actors.weights import InProcessTransport, receive
 from learner import state as learner_state
 from learner.config import LoraConfig
 from learner.learner import LearnerRank
-from learner.local import LocalEngine
 from learner.state import StateError
 from tests.learner_pair import RESUMES, WORLD_SIZE, Pair, pair_results, published
 from tests.learner_toys import (
@@ -188,13 +187,12 @@ def state_of(learner: LearnerRank) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("is_live", [False, True], ids=["copies", "planted bug: no copies"])
 def test_steps_made_while_a_state_is_written_are_not_in_it(toy, tmp_path, monkeypatch, is_live):
     learner = learn(learner_rank(toy, learner_config()), toy, learner_config(), range(1, 3))
-    if is_live:
-        monkeypatch.setattr(torch.Tensor, "clone", lambda tensor: tensor)
-        monkeypatch.setattr(LocalEngine, "full_state", LocalEngine.full_state)
     is_learnt = threading.Event()
     monkeypatch.setattr("learner.state.fault", lambda name, rank: name != "learner.write" or is_learnt.wait(60))
-    learner.begin_save(str(tmp_path))
-    monkeypatch.undo()
+    with monkeypatch.context() as bug:
+        if is_live:
+            bug.setattr(torch.Tensor, "clone", lambda tensor: tensor)
+        learner.begin_save(str(tmp_path))
     before = None if is_live else state_of(learner)
     learn(learner, toy, learner_config(), range(3, 4))
     is_learnt.set()

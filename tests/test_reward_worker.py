@@ -183,6 +183,14 @@ def test_a_reward_model_that_returns_nan_is_an_error(reward_model, tmp_path):
         worker({"judge": {"model": str(tmp_path / "broken")}}).score(rollouts())
 
 
+def test_judging_begins_with_its_fault_point(monkeypatch):
+    reached = []
+    monkeypatch.setattr("reward.reward_worker.fault", reached.append)
+    with pytest.raises(SchemaError):
+        worker({"length": {"function": "worker_rules:length"}}).score(rollouts().drop_columns(["loss_mask"]))
+    assert reached == ["reward.score"]
+
+
 def test_the_door():
     judge = worker({"length": {"function": "worker_rules:length"}})
     assert judge.ping() == "ready"
