@@ -9,6 +9,7 @@ version 3 until both are done, then the weights change, then c starts with versi
 import asyncio
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -93,6 +94,9 @@ class EngineThread:
         self._waiting: deque[tuple[Command, _Reply]] = deque()  # in order of arrival; an update holds back what follows
         self._pending: dict[str, _Pending] = {}
         self._closed = threading.Event()
+        self._num_asked = 0  # calls that wait for an answer; only their loop touches these two
+        self._asked_at = 0.0  # when the first of them began to wait
+        self._turn_at = 0.0  # when the last decoding step or command ended
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -106,10 +110,21 @@ class EngineThread:
         """Whether it takes no more commands."""
         return self._closed.is_set()
 
+    @property
+    def stalled_s(self) -> float:
+        """Seconds since the engine's last turn (a decoding step, a command), 0 while nobody waits; for the loop only.
+
+        Example: idle until 100 s, a group asked for at 100 s, its last step at 103 s: 7 at 110 s.
+        """
+        return time.monotonic() - max(self._asked_at, self._turn_at) if self._num_asked else 0.0
+
     async def ask(self, command: Command) -> Any:
         """Queue a command and wait for its answer."""
         loop = asyncio.get_running_loop()
         reply = _Reply(loop=loop, future=loop.create_future())
+        if self._num_asked == 0:
+            self._asked_at = time.monotonic()
+        self._num_asked += 1
         self._inbox.put((command, reply))
         if self._closed.is_set():  # after the put, so that a command cannot slip in behind the last look at the inbox
             self._fail_all(RolloutError("the rollout worker must be open to take calls, but it has ended"))
@@ -119,6 +134,8 @@ class EngineThread:
             if isinstance(command, Generate):
                 self._inbox.put((Abort(request_id=command.request.request_id), reply))
             raise
+        finally:
+            self._num_asked -= 1
 
     def _run(self) -> None:
         try:
@@ -152,6 +169,8 @@ class EngineThread:
             self._apply(command, reply)
         except Exception as error:  # the caller gets it, whatever it is; the engine goes on with the other groups
             reply.fail(_picklable(error))
+        finally:
+            self._turn_at = time.monotonic()
 
     def _apply(self, command: Command, reply: _Reply) -> None:
         match command:
@@ -181,6 +200,8 @@ class EngineThread:
         except Exception as error:  # every group in flight is lost, the thread and its callers are not
             self._lose_groups(error)
             return
+        finally:
+            self._turn_at = time.monotonic()
         for completion in completions:
             pending = self._pending[completion.request_id]
             pending.completions.append(completion)

@@ -50,6 +50,7 @@ class RolloutWorker:
         num_threads: of torch; 0 = leave as it is.
         fetch_timeout_s: longest wait for published weights; shorter than the caller's own patience, so that a learner
             which went away is told from a worker which hangs.
+        stall_s: longest time between two turns of a busy engine before `ping` says that it hangs; 0 = any.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class RolloutWorker:
         device: str,
         num_threads: int,
         fetch_timeout_s: float = 600.0,
+        stall_s: float = 0.0,
     ) -> None:
         if num_threads > 0:
             torch.set_num_threads(num_threads)
@@ -80,6 +82,7 @@ class RolloutWorker:
         self._run_id = run_id
         self._transport = transport
         self._fetch_timeout_s = fetch_timeout_s
+        self._stall_s = stall_s
         self._thread = EngineThread(engine)
 
     async def generate(self, prompt: pa.Table, lease: Lease) -> tuple[pa.Table, dict[str, float]]:
@@ -125,7 +128,17 @@ class RolloutWorker:
         return time.perf_counter() - start
 
     async def ping(self) -> int:
-        """Return the policy version."""
+        """Return the policy version.
+
+        Raises:
+            RolloutError: if somebody waits for the engine, and it has not taken a turn for longer than `stall_s`.
+        """
+        stalled_s = self._thread.stalled_s
+        if 0 < self._stall_s < stalled_s:
+            raise RolloutError(
+                f"the engine must take a turn within {self._stall_s:g} s while calls wait, and has not for "
+                f"{stalled_s:.1f} s; start the worker again"
+            )
         return self._thread.version
 
     async def stats(self) -> dict[str, float]:

@@ -22,6 +22,7 @@ from cluster.config import RunConfig, load
 from cluster.dispatcher import Dispatcher
 from cluster.ledger import Ledger
 from cluster.ledger_store import LedgerStore
+from cluster.pipeline_core import PipelineCore
 from cluster.redo import RedoLog
 
 NUM_STEPS = 3
@@ -34,6 +35,9 @@ PARTS = {
     "redo_log": [(RedoLog, "write has")],
     "watchdogs": [(Dispatcher, "tick next_wakeup")],
 }
+
+PIPELINE = "pipeline_thread"
+"""Everything in the pipeline's thread, calls to Ray included: more than the bookkeeping, and here to compare."""
 
 
 class Meter:
@@ -67,6 +71,7 @@ def main() -> None:
         for owner, names in owners:
             for name in names.split():
                 meter.wrap(owner, name, part)
+    meter.wrap(PipelineCore, "advance", PIPELINE)
     from cluster.loop import train_step
     from cluster.run import Run
 
@@ -90,6 +95,7 @@ def main() -> None:
         **{f"{name}_ms_per_step": round(1e3 * seconds / last, 3) for name, seconds in parts.items()},
         "share": round(sum(parts.values()) / total, 6),
         "driver_ms_per_sample": round(1e3 * sum(parts.values()) / samples, 4),
+        f"{PIPELINE}_ms_per_sample": round(1e3 * (meter.seconds[PIPELINE] - marked.get(PIPELINE, 0.0)) / samples, 4),
     }
     print(json.dumps(summary))
 

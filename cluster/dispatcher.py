@@ -11,14 +11,18 @@ thrown away and counted, so no result is taken twice.
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from cluster.fleet import Fleet, FleetConfig, FleetError, Member, MemberState, NotReadyError
 from cluster.ledger import GroupState, Ledger
 from cluster.messages import Call, Command, Failure, FailureKind, Kill, Lease, Role, Start, Verb, Weights, WorkerId
+from cluster.rounds import Group, Queue, Round
 
 _FIRST_RETRY_S = 0.5
+
+_SICK = 2
+"""So many failures of the machinery in a row on one worker are the worker's fault."""
 
 
 class RetriesError(RuntimeError):
@@ -44,44 +48,9 @@ class Limits:
 
 
 @dataclass(slots=True, kw_only=True)
-class Round:
-    """Groups that are wanted together."""
-
-    finished: dict[str, Any] = field(default_factory=dict)
-    """Group -> what SCORE answered."""
-    leases: dict[str, int] = field(default_factory=dict)
-    """Finished group -> the lease that finished it."""
-    quarantined: dict[str, str] = field(default_factory=dict)
-    """Group -> reason."""
-    num_open: int = 0
-    first_lease_at: float | None = None
-    last_generated_at: float = 0.0
-    last_finished_at: float = 0.0
-
-    @property
-    def is_done(self) -> bool:
-        """Whether every group has ended one way or the other."""
-        return self.num_open == 0
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class _Group:
-    group_id: str
-    order: int
-    work: Any
-    round: Round
-    ledger: Ledger
-    lease: Lease | None = None
-    rollouts: Any = None
-    num_retries: int = 0
-    data_failure: str = ""
-    not_before: float = 0.0
-
-
-@dataclass(slots=True, kw_only=True)
 class _Pending:
     call: Call
-    group: _Group | None
+    group: Group | None
     deadline: float
 
 
@@ -103,10 +72,11 @@ class Dispatcher:
         self._limits = limits
         self._ledger = ledger
         self._rounds: dict[Any, Round] = {}
-        self._waiting: list[_Group] = []
-        self._generated: list[_Group] = []
+        self._waiting = Queue()
+        self._generated = Queue()
         self._calls: dict[int, _Pending] = {}
         self._commands: list[Command] = []
+        self._notes: list[str] = []
         self._counters: Counter[str] = Counter()
         self._num_calls = 0
         self._num_groups = 0
@@ -118,7 +88,8 @@ class Dispatcher:
         """Return how often things went wrong so far, by name."""
         names = ("num_retries", "num_fenced", "num_deadlines", "num_failed_loads")
         restarts = sum(fleet.num_restarts for fleet in self.fleets.values())
-        return {"num_restarts": restarts, **{name: self._counters[name] for name in names}}
+        given_up = sum(fleet.num_given_up for fleet in self.fleets.values())
+        return {"num_restarts": restarts, "num_given_up": given_up, **{name: self._counters[name] for name in names}}
 
     @property
     def is_ready(self) -> bool:
@@ -129,6 +100,8 @@ class Dispatcher:
     def publish(self, weights: Weights, publication: Any, now: float) -> None:
         """Make a publication the one that every group is generated with from now on."""
         self._target, self._publication, self.weights_lost = weights, publication, ""
+        for member in self.fleets[Role.ROLLOUT].members:
+            member.load_failure = ""
         self._dispatch(now)
 
     def admit(self, round_id: Any, groups: Mapping[str, Any], ledger: Ledger, now: float) -> None:
@@ -137,9 +110,9 @@ class Dispatcher:
         for group_id, work in groups.items():
             ledger.accept(group_id)
             round_.num_open += 1
-            group = _Group(group_id=group_id, order=self._num_groups, work=work, round=round_, ledger=ledger)
+            group = Group(group_id=group_id, order=self._num_groups, work=work, round=round_, ledger=ledger)
             self._num_groups += 1
-            self._waiting.append(group)
+            self._waiting.add(group)
         self._dispatch(now)
 
     def round(self, round_id: Any) -> Round:
@@ -174,9 +147,6 @@ class Dispatcher:
                 timeout_s = self.fleets[worker.role].config.ready_timeout_s
                 self._stop(NotReadyError(f"worker {worker} must be ready within {timeout_s:g} s and is not"))
             self._lose(worker, f"it did not answer {verb!s} in time", now)
-        for group in self._waiting:
-            if group.not_before <= now:
-                group.not_before = 0.0  # a backoff that is over asks for no other look at the clock
         self._dispatch(now)
 
     def next_wakeup(self) -> float | None:
@@ -188,11 +158,16 @@ class Dispatcher:
         commands, self._commands = self._commands, []
         return commands
 
+    def take_notes(self) -> list[str]:
+        """Return, one line each, what went wrong since the last call."""
+        notes, self._notes = self._notes, []
+        return notes
+
     def _wakeups(self) -> Iterator[float]:
         if self.error is not None:
             return
         yield from (pending.deadline for pending in self._calls.values())
-        yield from (group.not_before for group in self._waiting if group.not_before > 0)
+        yield from self._waiting.wakeups()
         for fleet in self.fleets.values():
             yield from fleet.wakeups()
         yield from (member.heard_at + self._limits.heartbeat_s for member in self._silent())
@@ -218,7 +193,7 @@ class Dispatcher:
             group.ledger.generated(group.group_id, group.lease.lease_id)
             group.rollouts = answer
             group.round.last_generated_at = now
-            self._generated.append(group)
+            self._generated.add(group)
         else:
             group.ledger.scored(group.group_id, group.lease.lease_id)
             group.round.finished[group.group_id] = answer
@@ -236,25 +211,45 @@ class Dispatcher:
             self._lose(call.worker, failure.text, now)
             self._stop_if_unstartable(call, failure)
         elif call.verb is Verb.LOAD:
-            is_newest = member.loading == self._target
-            member.loading = None
             self._counters["num_failed_loads"] += 1
-            if is_newest:
-                self.weights_lost = f"{call.worker}: {failure.text}"
+            member.num_sick += 1
+            if member.loading == self._target:
+                member.load_failure = failure.text
+            member.loading = None
         elif group is not None:
             member.num_groups -= 1
             member.heard_at = now
             if failure.kind is FailureKind.INFRA:
+                member.num_sick += 1
                 self._again(group, failure.text, now, backoff=True)
+                self._lose_if_sick(member, failure.text, now)
             else:
                 self._blame(group, call.verb, failure.text)
 
     def _stop_if_unstartable(self, call: Call, failure: Failure) -> None:
-        """A constructor that raises will raise again: where nobody is up, say so at once."""
-        fleet = self.fleets[call.worker.role]
-        is_first = not any(member.state is MemberState.UP for member in fleet.members)
-        if call.verb is Verb.READY and failure.kind is FailureKind.DATA and is_first:
+        """A constructor that raises the first time will raise again: say so at once."""
+        if call.verb is Verb.READY and failure.kind is FailureKind.DATA and call.worker.life == 0:
             self._stop(FleetError(f"the {call.worker.role} workers cannot start: {failure.text}"))
+
+    def _lose_if_sick(self, member: Member, cause: str, now: float) -> None:
+        """End a worker that fails again and again: the least busy one, it would draw every group.
+
+        A judge may have reasons outside its process, so it is ended only where another one works.
+        """
+        fleet = self.fleets[member.worker.role]
+        if member.num_sick >= _SICK and (member.worker.role is Role.ROLLOUT or fleet.has_healthy()):
+            self._lose(member.worker, f"it failed {member.num_sick} times in a row, the last time: {cause}", now)
+
+    def _judge_loads(self, now: float) -> None:
+        """Where another has loaded it, who could not tries again, or is sick; what nobody can load is lost."""
+        fleet = self.fleets[Role.ROLLOUT]
+        failed = [member for member in fleet.members if member.load_failure]
+        if any(member.weights == self._target for member in fleet.members if member.state is MemberState.UP):
+            for member in failed:
+                self._lose_if_sick(member, member.load_failure, now)
+                member.load_failure = ""
+        elif failed and not any(member.loading == self._target for member in fleet.members):
+            self.weights_lost = f"{failed[0].worker}: {failed[0].load_failure}"
 
     def _lose(self, worker: WorkerId, cause: str, now: float) -> None:
         """Give up on a process: kill it, forget its calls, put its groups back."""
@@ -263,7 +258,7 @@ class Dispatcher:
         if member is None:
             return
         self._commands.append(Kill(worker=worker))
-        fleet.died(member, cause, now)
+        self._notes.append(fleet.died(member, cause, now))
         lost = [pending for pending in self._calls.values() if pending.call.worker == worker]
         for pending in lost:
             del self._calls[pending.call.call_id]
@@ -273,7 +268,7 @@ class Dispatcher:
         if fleet.is_empty:
             self._stop(fleet.exhausted())
 
-    def _again(self, group: _Group, cause: str, now: float, *, backoff: bool) -> None:
+    def _again(self, group: Group, cause: str, now: float, *, backoff: bool) -> None:
         """Put a group back after a failure that was not its own: to be judged again where its rollouts are whole."""
         group.num_retries += 1
         self._counters["num_retries"] += 1
@@ -285,10 +280,11 @@ class Dispatcher:
             self._stop(error)
         if backoff:  # what it was given may be what failed, so nothing of the attempt is kept
             group.rollouts = None
-            group.not_before = now + _FIRST_RETRY_S * 2.0 ** (group.num_retries - 1)
-        self._requeue(group)
+            self._waiting.rest(group, until=now + _FIRST_RETRY_S * 2.0 ** (group.num_retries - 1))
+        else:
+            self._requeue(group)
 
-    def _blame(self, group: _Group, verb: Verb, text: str) -> None:
+    def _blame(self, group: Group, verb: Verb, text: str) -> None:
         """Take a failure of the group itself: once more, then it is quarantined."""
         if not group.data_failure:
             group.data_failure = text
@@ -299,6 +295,7 @@ class Dispatcher:
         group.ledger.end(group.group_id, GroupState.QUARANTINED, reason)
         group.round.quarantined[group.group_id] = reason
         group.round.num_open -= 1
+        self._notes.append(f"group {group.group_id} is quarantined: {reason}")
         if self._ledger.counts()["quarantined"] > self._limits.max_quarantined:
             error = DataError(
                 f"at most {self._limits.max_quarantined} groups may be quarantined, and group {group.group_id} is one "
@@ -309,10 +306,8 @@ class Dispatcher:
     def _stop(self, error: Exception) -> None:
         self.error = self.error or error  # the first one is the cause
 
-    def _requeue(self, group: _Group) -> None:
-        queue = self._waiting if group.rollouts is None else self._generated
-        queue.append(group)
-        queue.sort(key=lambda waiting: waiting.order)
+    def _requeue(self, group: Group) -> None:
+        (self._waiting if group.rollouts is None else self._generated).add(group)
 
     # What is to be done now.
 
@@ -323,44 +318,36 @@ class Dispatcher:
             for worker in fleet.start(now):
                 self._commands.append(Start(worker=worker))
                 self._call(worker, Verb.READY, None, now, timeout_s=fleet.config.ready_timeout_s)
+        self._waiting.wake(now)
+        self._judge_loads(now)
         if self._target is not None and not self.weights_lost:
-            for member in self.fleets[Role.ROLLOUT].outdated(self._target):
-                member.loading = self._target
-                self._call(member.worker, Verb.LOAD, self._publication, now)
-            self._waiting = [group for group in self._waiting if not self._generate(group, now)]
-        self._generated = [group for group in self._generated if not self._score(group, now)]
+            self._load_and_generate(self._target, now)
+        rewards = self.fleets[Role.REWARD]
+        while self._generated and (judge := rewards.pick(None)) is not None:
+            group = self._generated.pop()
+            self._send(judge, Verb.SCORE, group, group.rollouts, now)
         for member in self._silent():
             if member.heard_at + self._limits.heartbeat_s <= now:
                 self._call(member.worker, Verb.PING, None, now, timeout_s=self._limits.heartbeat_s)
 
-    def _generate(self, group: _Group, now: float) -> bool:
-        if group.not_before > now:
-            return False
-        group.not_before = 0.0  # the backoff is over, and no reason to look at the clock any more
-        member = self.fleets[Role.ROLLOUT].pick(self._target)
-        if member is None:
-            return False
-        assert self._target is not None, "only a worker with published weights is picked"
+    def _load_and_generate(self, target: Weights, now: float) -> None:
+        rollouts = self.fleets[Role.ROLLOUT]
+        for member in rollouts.outdated(target):
+            member.loading = target
+            self._call(member.worker, Verb.LOAD, self._publication, now)
+        while self._waiting and (free := rollouts.pick(target)) is not None:
+            self._generate(self._waiting.pop(), free, target, now)
+
+    def _generate(self, group: Group, member: Member, target: Weights, now: float) -> None:
         lease_id = group.ledger.lease(
-            group.group_id,
-            worker=str(member.worker),
-            version=self._target.version,
-            incarnation=self._target.incarnation,
+            group.group_id, worker=str(member.worker), version=target.version, incarnation=target.incarnation
         )
-        group.lease = Lease(lease_id=lease_id, group_id=group.group_id, worker=member.worker, weights=self._target)
+        group.lease = Lease(lease_id=lease_id, group_id=group.group_id, worker=member.worker, weights=target)
         if group.round.first_lease_at is None:
             group.round.first_lease_at = now
         self._send(member, Verb.GENERATE, group, group.work, now)
-        return True
 
-    def _score(self, group: _Group, now: float) -> bool:
-        member = self.fleets[Role.REWARD].pick(None)
-        if member is None:
-            return False
-        self._send(member, Verb.SCORE, group, group.rollouts, now)
-        return True
-
-    def _send(self, member: Member, verb: Verb, group: _Group, payload: Any, now: float) -> None:
+    def _send(self, member: Member, verb: Verb, group: Group, payload: Any, now: float) -> None:
         if member.num_groups == 0:
             member.heard_at = now  # an idle worker owes no answer
         member.num_groups += 1
@@ -374,7 +361,7 @@ class Dispatcher:
         now: float,
         *,
         timeout_s: float | None = None,
-        group: _Group | None = None,
+        group: Group | None = None,
     ) -> None:
         self._num_calls += 1
         lease = group.lease if group is not None else None

@@ -51,6 +51,10 @@ class Member:
     """What the process samples from."""
     loading: Weights | None = None
     """What it is taking on; it gets no group meanwhile."""
+    load_failure: str = ""
+    """Why it could not take on the newest weights; empty when it may try."""
+    num_sick: int = 0
+    """Failures of the machinery on it, without a success in between."""
     num_groups: int = 0
     """Groups in flight on it."""
     num_failures: int = 0
@@ -72,6 +76,7 @@ class Fleet:
         self.role = role
         self.config = config
         self.num_restarts = 0
+        self.num_given_up = 0
         self.members = [Member(worker=WorkerId(role=role, slot=slot, life=0)) for slot in range(config.count)]
         self._last_cause = ""
 
@@ -95,20 +100,22 @@ class Fleet:
     def succeeded(self, member: Member) -> None:
         """Say that a process has finished a group."""
         member.num_failures = 0
+        member.num_sick = 0
 
-    def died(self, member: Member, cause: str, now: float) -> None:
-        """Say that a process is gone; its slot waits for the next life, or is given up."""
+    def died(self, member: Member, cause: str, now: float) -> str:
+        """Say that a process is gone; its slot waits for the next life, or is given up: return which, in one line."""
         self._last_cause = f"{member.worker}: {cause}"
         failures = member.num_failures + 1
         life = WorkerId(role=self.role, slot=member.worker.slot, life=member.worker.life + 1)
         slot = self.members.index(member)
         if failures > self.config.max_restarts:
-            member.state = MemberState.GIVEN_UP
-            member.num_groups = 0  # or it would be pinged for ever
-            return
+            self.members[slot] = Member(worker=member.worker, state=MemberState.GIVEN_UP)  # nothing is in flight there
+            self.num_given_up += 1
+            return f"{self._last_cause}; its place is given up after {failures} failures in a row"
         self.num_restarts += 1
         backoff = 0.0 if failures == 1 else min(_LONGEST_BACKOFF_S, 0.5 * 2.0 ** (failures - 2))
         self.members[slot] = Member(worker=life, num_failures=failures, start_at=now + backoff)
+        return f"{self._last_cause}; {life} takes its place (failure {failures}, {self.config.max_restarts} allowed)"
 
     def pick(self, weights: Weights | None) -> Member | None:
         """Return the least busy worker that can take a group now; `weights` None = any."""
@@ -123,9 +130,13 @@ class Fleet:
         return min(free, key=lambda member: member.num_groups, default=None)
 
     def outdated(self, target: Weights) -> list[Member]:
-        """Return the workers that are up, not loading, and sample from other weights than the target."""
+        """Return the workers that sample from other weights than the target, and may load it now."""
         up = (member for member in self.members if member.state is MemberState.UP and member.loading is None)
-        return [member for member in up if member.weights != target]
+        return [member for member in up if member.weights != target and not member.load_failure]
+
+    def has_healthy(self) -> bool:
+        """Whether a worker is up whose last work did not fail."""
+        return any(member.state is MemberState.UP and member.num_sick == 0 for member in self.members)
 
     def wakeups(self) -> Iterator[float]:
         """Yield the times at which a slot may be started."""

@@ -13,6 +13,7 @@ from actors.weights import Publication, WeightTransport
 from cluster.config import RunConfig
 from cluster.placement import Processes
 from cluster.ranks import GangError, GangPlace, Ranks
+from cluster.storage import StorageError
 from learner.batch import StepPlan
 from learner.learner import LearnerRank, Skipped
 
@@ -73,15 +74,17 @@ class LearnerGang:
 
         Raises:
             OSError: when a rank could not write; the ranks are as good as before.
+            StorageError: when a rank does not see the directory.
         """
         try:
-            names = self._call(
+            names = self._write(
                 [rank.finish_save.remote() for rank in self._ranks.actors], "writing the learner's state"
             )
-        except GangError as error:
-            if isinstance(error.cause, OSError):
-                raise error.cause from error
-            raise
+        except FileNotFoundError as error:
+            raise StorageError(
+                f"the checkpoint's directory must be there for every rank, and is not ({error}); "
+                "choose a run.dir on a file system that all nodes share"
+            ) from error
         return [name for of_rank in names for name in of_rank]
 
     def load(self, directory: str) -> None:
@@ -89,8 +92,12 @@ class LearnerGang:
         self._call([rank.load_state.remote(directory) for rank in self._ranks.actors], "restoring the learner")
 
     def export(self, directory: str) -> None:
-        """Write the policy as a directory that `from_pretrained` loads."""
-        self._call([rank.export_policy.remote(directory) for rank in self._ranks.actors], "exporting the policy")
+        """Write the policy as a directory that `from_pretrained` loads.
+
+        Raises:
+            OSError: when the disk does not take it; the ranks are as good as before.
+        """
+        self._write([rank.export_policy.remote(directory) for rank in self._ranks.actors], "exporting the policy")
 
     def close(self) -> None:
         """End the ranks."""
@@ -98,6 +105,15 @@ class LearnerGang:
 
     def _call(self, references: list[Any], what: str) -> list[Any]:
         return self._ranks.gather(references, what=what, timeout_s=self._timeout_s)
+
+    def _write(self, references: list[Any], what: str) -> list[Any]:
+        """Wait for a call in which ranks write; what the disk refuses is no reason to start them again."""
+        try:
+            return self._call(references, what)
+        except GangError as error:
+            if isinstance(error.cause, OSError):
+                raise error.cause from error
+            raise
 
 
 class LearnerStarter:

@@ -6,6 +6,8 @@
 
 It explains a run (`concord status`, `concord ledger`) and decides nothing: a resume starts from the checkpoint's
 snapshot and the redo log.  So nothing that befalls this file ends a run; it is said, and counted.
+
+Written through a write-ahead log; on a file system that cannot share one (a network's), with SQLite's rollback journal.
 """
 
 import os
@@ -15,7 +17,6 @@ from contextlib import contextmanager, suppress
 
 from cluster.ledger import Transition
 from cluster.ledger_history import IS_LIVE, NOWHERE, LedgerHistory, error_code
-from cluster.storage import StorageError
 
 _SCHEMA_VERSION = 1
 _SCHEMA = """
@@ -41,7 +42,8 @@ class LedgerStore(LedgerHistory):
     """The run's own, writing side; for one thread at a time.
 
     A file that is damaged is set aside as `<name>.damaged` and begun again, empty.  What cannot be written waits for
-    the next append, up to a limit: `num_lost` counts the transitions beyond it.
+    the next append, up to a limit: `num_lost` counts the transitions beyond it.  Where no file can be opened, none is
+    kept, and all are counted as lost.
     """
 
     def __init__(self, path: str, *, say: Callable[[str], None] = print) -> None:
@@ -50,24 +52,20 @@ class LedgerStore(LedgerHistory):
         Args:
             path: where it lies, on a local disk.
             say: told, in one line, what befell the file.
-
-        Raises:
-            StorageError: when another process writes to it, or none can be made there.
         """
         self._path = path
         self._say = say
         self._pending: list[tuple[float, Transition]] = []
         self.num_failed_writes = 0
         self.num_lost = 0
+        self._is_kept = True
         try:
             self._use(_open(path))
         except sqlite3.Error as error:
             try:
                 self._begin_again(error)
             except (sqlite3.Error, OSError) as second:
-                raise StorageError(
-                    f"{path} must be writable for the ledger's history, and is not ({second}); free or repair the disk"
-                ) from error
+                self._give_up(second)
 
     def append(self, transitions: Sequence[Transition], now: float) -> None:
         """Write transitions, all or none, and return when they are durable.
@@ -76,6 +74,9 @@ class LedgerStore(LedgerHistory):
             transitions: as `Ledger.take_transitions` returns them.
             now: Unix time, seconds.
         """
+        if not self._is_kept:
+            self.num_lost += len(transitions)
+            return
         self._pending += [(now, transition) for transition in transitions]
         if not self._pending:
             return
@@ -156,7 +157,16 @@ class LedgerStore(LedgerHistory):
             "again, and the run does not need it"
         )
 
+    def _give_up(self, error: Exception) -> None:
+        self._is_kept = False
+        self._use(_open(":memory:"))
+        self._say(
+            f"no history of the ledger is kept: {self._path} cannot be written ({error}); the run goes on without"
+        )
+
     def _use(self, connection: sqlite3.Connection) -> None:
+        if connection.execute("PRAGMA journal_mode").fetchone()[0] == "delete":
+            self._say(f"{self._path} is kept without a write-ahead log, which its file system cannot share")
         self._connection = connection
         self._num_events = self._number("SELECT COALESCE(MAX(id), 0) FROM events")
 
@@ -165,7 +175,7 @@ def _open(path: str) -> sqlite3.Connection:
     """Open a sound file, or make one."""
     connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=_BUSY_TIMEOUT_S)
     try:
-        connection.execute("PRAGMA journal_mode = WAL")
+        _choose_journal(connection)
         connection.execute("PRAGMA synchronous = FULL")
         if not connection.execute("SELECT COUNT(*) FROM sqlite_schema").fetchone()[0]:
             connection.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version = {_SCHEMA_VERSION}; COMMIT;")
@@ -174,6 +184,13 @@ def _open(path: str) -> sqlite3.Connection:
         connection.close()
         raise
     return connection
+
+
+def _choose_journal(connection: sqlite3.Connection) -> None:
+    try:
+        connection.execute("PRAGMA journal_mode = WAL")  # stays what it was where the file system is known not to do
+    except sqlite3.OperationalError:
+        connection.execute("PRAGMA journal_mode = DELETE")
 
 
 def _check(connection: sqlite3.Connection) -> None:

@@ -108,7 +108,7 @@ Reply = Callable[[int, Any], None]
 
 
 class Workers(Protocol):
-    """Processes as the pipeline sees them.  No method waits."""
+    """Processes as the pipeline sees them.  No method waits for a process."""
 
     def start(self, worker: WorkerId) -> None:
         """Create a process."""

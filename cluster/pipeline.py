@@ -103,12 +103,15 @@ class Pipeline:
         return future.result()
 
     def _run(self) -> None:
+        ended = RuntimeError("the pipeline has ended")
         try:
             while not self._is_closing.is_set():
                 self._core.advance()
-            self._failure = RuntimeError("the pipeline has ended")
+            self._failure = ended
         except BaseException as error:  # whoever waits for the pipeline gets it
             self._failure = error
         finally:
-            self._core.close()
-            self._core.fail(self._failure or RuntimeError("the pipeline has ended"))
+            try:
+                self._core.close()
+            finally:
+                self._core.fail(self._failure or ended)

@@ -15,11 +15,12 @@ import pyarrow as pa
 
 from actors.prompts import DrawnPrompt, PromptSource
 from cluster.config import RunConfig
-from cluster.dispatcher import DataError, Dispatcher, Limits, Round
+from cluster.dispatcher import DataError, Dispatcher, Limits
 from cluster.fleet import FleetConfig
 from cluster.groups import Batch, held_out_work, training_work
 from cluster.ledger import GroupState, Ledger, Transition
 from cluster.messages import Kill, Role, Start, Weights, Workers
+from cluster.rounds import Round
 
 Progress = Callable[[str, int, int], None]
 """Called with (what, done, total)."""
@@ -113,7 +114,10 @@ class PipelineCore:
         self._rounds: dict[Any, _Open] = {}
         self._ready: Future[None] = Future()
         self._flushed_at = clock()
+        self._has_news = False
         self.on_progress: Progress = lambda what, done, total: None
+        self.say: Callable[[str], None] = lambda text: None
+        """Told, one line each, what goes wrong with workers and groups."""
         self._dispatcher.tick(clock())
 
     def ask(self, function: Callable[..., Any], *arguments: Any) -> "Future[Any]":
@@ -126,6 +130,7 @@ class PipelineCore:
         """Wait for something to happen, at most until the dispatcher's next look at the clock, and deal with it."""
         self._execute()
         for item in self._arrived(self._wait_s(longest_wait_s)):
+            self._has_news = True
             if isinstance(item, _Answer):
                 self._dispatcher.replied(item.call_id, item.value, self._clock())
             else:
@@ -133,7 +138,9 @@ class PipelineCore:
         self._dispatcher.tick(self._clock())
         self._execute()
         self._settle_rounds()
-        if self._clock() - self._flushed_at >= _FLUSH_S:
+        for note in self._dispatcher.take_notes():
+            self.say(note)
+        if self._has_news and self._clock() - self._flushed_at >= _FLUSH_S:
             self.flush()
 
     def ready(self) -> "Future[None]":
@@ -203,16 +210,20 @@ class PipelineCore:
 
     def flush(self) -> None:
         """Give the journal what has happened."""
-        self._flushed_at = self._clock()
+        self._flushed_at, self._has_news = self._clock(), False
         transitions = self._ledger.take_transitions()
         if transitions:
             self._journal.append(transitions, time.time())
 
     def close(self) -> None:
-        """End all workers, and the journal."""
-        self._workers.close()
-        self.flush()
-        self._journal.close()
+        """End all workers, and the journal, whatever either says."""
+        try:
+            self._workers.close()
+        finally:
+            try:
+                self.flush()
+            finally:
+                self._journal.close()
 
     def fail(self, error: BaseException) -> None:
         """Let nobody wait for ever: everything that is asked or waited for fails."""
@@ -243,6 +254,8 @@ class PipelineCore:
     def _wait_s(self, longest_wait_s: float | None) -> float | None:
         wakeup = self.next_wakeup()
         waits = [] if wakeup is None else [max(0.0, wakeup - self._clock())]
+        if self._has_news:
+            waits.append(max(0.0, self._flushed_at + _FLUSH_S - self._clock()))
         return min([*waits, *([] if longest_wait_s is None else [longest_wait_s])], default=None)
 
     def _arrived(self, wait_s: float | None) -> Iterator[_Request | _Answer]:

@@ -120,12 +120,15 @@ def join_cluster(config: RunConfig) -> tuple[int, int]:
     """Join the configured Ray cluster, or start a local one; return its CPUs and those of its smallest node.
 
     Ray's token authentication is left on, and a local dashboard listens on the loopback interface only.
+
+    Raises:
+        PlacementError: when the cluster was started here, so that no node will join it, and has too few GPUs.
     """
     import ray
 
     if not ray.is_initialized():
         on_sigterm = signal.getsignal(signal.SIGTERM)
-        ray.init(
+        context = ray.init(
             address=config.placement.address,
             namespace="concord",
             log_to_driver=bool(os.environ.get("CONCORD_WORKER_LOGS")),
@@ -134,8 +137,39 @@ def join_cluster(config: RunConfig) -> tuple[int, int]:
         interrupt_on_sigterm()  # Ray has put a handler of its own there
         if callable(on_sigterm) and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_sigterm)
+        placement = config.placement
+        has_gpus = bool(placement.rollout_gpus or placement.reward_gpus or placement.learner_gpus)
+        if has_gpus and _is_own(context):
+            check_gpus(config, ray.cluster_resources().get("GPU", 0.0))
     nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
     return max(1, sum(nodes)), min((count for count in nodes if count), default=1)
+
+
+def _is_own(context: Any) -> bool:
+    """Return whether this process has started the cluster; one that was joined may still grow."""
+    session: str = context.address_info["session_dir"]
+    return session.endswith(f"_{os.getpid()}")  # Ray names a session after the process that starts it
+
+
+def check_gpus(config: RunConfig, available: float) -> None:
+    """Refuse a run whose processes, which all live at once, want more GPUs than there are.
+
+    Raises:
+        PlacementError: naming what each role wants and what is available.
+    """
+    placement = config.placement
+    wanted = {
+        "rollout_gpus": (config.rollouts.num_workers, placement.rollout_gpus),
+        "reward_gpus": (config.reward.num_workers, placement.reward_gpus),
+        "learner_gpus": (config.learner.num_ranks, placement.learner_gpus),
+    }
+    total = round(sum(count * gpus for count, gpus in wanted.values()), 4)  # Ray's own grain
+    if total > available:
+        each = ", ".join(f"placement.{name} {gpus:g} x {count}" for name, (count, gpus) in wanted.items() if gpus)
+        raise PlacementError(
+            f"GPUs of all processes must be at most the {available:g} available, got {total:g} wanted ({each}); lower "
+            "them, or join a cluster that has them with placement.address"
+        )
 
 
 def interrupt_on_sigterm() -> None:

@@ -1,9 +1,11 @@
 """Ray actors as the pipeline's workers, and what their failures mean.
 
-The wrapped classes are plain and know nothing of Ray.  Nothing here waits or decides: calls go out, answers come in on
-Ray's own thread, and when to kill, start again or retry is the dispatcher's business.
+The wrapped classes are plain and know nothing of Ray.  Nothing here waits for a worker or decides: calls go out,
+answers come in on Ray's own thread, and when to kill, start again or retry is the dispatcher's business.  The one thing
+waited for is Ray's control store, which registers the name of each new process (4 ms).
 """
 
+import logging
 import secrets
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -12,12 +14,15 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 import ray
+import torch
 from ray import exceptions
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from actors.rollout_worker import Lease, RolloutError
 from cluster.messages import Call, Failure, FailureKind, Reply, Role, Verb, WorkerId
 from cluster.placement import Processes
+
+logger = logging.getLogger(__name__)
 
 _LONGEST_TEXT = 600
 
@@ -35,6 +40,8 @@ _MACHINERY = (
     RolloutError,
     TimeoutError,  # GetTimeoutError is one
     ConnectionError,
+    MemoryError,
+    torch.OutOfMemoryError,
     exceptions.ObjectLostError,
     exceptions.ObjectStoreFullError,
     exceptions.OutOfDiskError,
@@ -69,30 +76,52 @@ class RayWorkers:
     """
 
     def __init__(self, specs: Mapping[Role, tuple[type, Mapping[str, Any], Processes]], *, run: str = "run") -> None:
-        self._specs = dict(specs)
+        self._specs: dict[Role, tuple[Any, Mapping[str, Any], Processes]] = {
+            role: (ray.remote(worker_class), arguments, processes)
+            for role, (worker_class, arguments, processes) in specs.items()
+        }
         self._prefix = f"{run}-{secrets.token_hex(3)}"  # names are unique on a cluster, and runs may share one
         self._actors: dict[WorkerId, Any] = {}
+        self._unstarted: dict[WorkerId, Failure] = {}
 
     def start(self, worker: WorkerId) -> None:
-        """Create a process; whether it has a place and comes up shows in its answer to READY."""
-        worker_class, arguments, processes = self._specs[worker.role]
-        actor_class: Any = ray.remote(worker_class)
+        """Create a process; whether Ray takes it, it has a place and comes up shows in its answer to READY."""
+        actor_class, arguments, processes = self._specs[worker.role]
         options = processes.options() | {"name": f"{self._prefix}/{worker}"}
-        self._actors[worker] = actor_class.options(**options).remote(**arguments)
+        try:
+            _check_connected()
+            self._actors[worker] = actor_class.options(**options).remote(**arguments)
+        except Exception as error:  # whatever Ray raises when its control store is away
+            self._unstarted[worker] = _unreachable(error)
 
     def kill(self, worker: WorkerId) -> None:
         """End a process, also one that is stopped; one that is gone already is no error.
 
         Its calls in flight answer at once.  A stopped process does not take the request, so Ray sends it SIGKILL 5 s
-        later, and only then are its CPUs and GPUs free for the next life.
+        later, and only then are its CPUs and GPUs free for the next life.  Where Ray refuses, the
+        process ends after its handle, which is dropped here, at the latest with the run.
         """
+        self._unstarted.pop(worker, None)
         actor = self._actors.pop(worker, None)
-        if actor is not None:
+        if actor is None or not ray.is_initialized():  # Ray's end is the end of its processes
+            return
+        try:
             ray.kill(actor)
+        except Exception as error:  # whatever Ray raises when its control store is away
+            logger.warning("%s could not be killed: %s", worker, _one_line(f"{type(error).__name__}: {error}"))
 
     def call(self, call: Call, reply: Reply) -> None:
         """Send a call; `reply` gets the value, or a pair of a reference to the large and the small value itself."""
-        *tables, answer = self._send(self._actors[call.worker], call)
+        if call.worker in self._unstarted:
+            reply(call.call_id, self._unstarted[call.worker])
+            return
+        try:
+            _check_connected()
+            *tables, answer = self._send(self._actors[call.worker], call)
+            answered: Future[Any] = answer.future()
+        except Exception as error:  # whatever Ray raises when its control store is away
+            reply(call.call_id, _unreachable(error))
+            return
 
         def settle(future: "Future[Any]") -> None:
             error = future.exception()
@@ -103,7 +132,7 @@ class RayWorkers:
                 table.future()
             reply(call.call_id, failure(error))
 
-        answer.future().add_done_callback(settle)
+        answered.add_done_callback(settle)
 
     def close(self) -> None:
         """End all processes."""
@@ -126,6 +155,16 @@ class RayWorkers:
                 lease = work.lease(call.lease.lease_id, call.lease.weights.incarnation)
                 rollouts: Sequence[Any] = actor.generate.options(num_returns=2).remote(work.table, lease)
                 return rollouts
+
+
+def _check_connected() -> None:
+    if not ray.is_initialized():  # a call would start a cluster of its own
+        raise ConnectionError("Ray is shut down")
+
+
+def _unreachable(error: Exception) -> Failure:
+    """Return what a call answers that Ray did not take."""
+    return Failure(kind=FailureKind.DIED, text=_one_line(f"Ray refused: {type(error).__name__}: {error}"))
 
 
 def failure(error: BaseException) -> Failure:

@@ -71,7 +71,7 @@ class Gang(Protocol):
         """Restore what was saved."""
 
     def export(self, directory: str) -> None:
-        """Write the policy."""
+        """Write the policy; OSError when it could not be."""
 
     def close(self) -> None:
         """End all ranks, without waiting for any."""
@@ -210,7 +210,7 @@ class RecoveringLearner:
         self.incarnation = next(self._incarnations)
 
     def export(self, directory: str) -> None:
-        """Write the policy as a directory that `from_pretrained` loads."""
+        """Write the policy as a directory that `from_pretrained` loads; OSError when the disk does not take it."""
         self._ask(lambda gang: gang.export(directory))
 
     def begin_checkpoint(self, files: Mapping[str, str]) -> None:
@@ -323,7 +323,16 @@ class RecoveringLearner:
 
     def _learn_again(self, gang: Gang, step: int) -> None:
         batch = self._redo.read(step)
-        result = self._learn(gang, step, batch.samples, batch.tables)
+        try:
+            result = self._learn(gang, step, batch.samples, batch.tables)
+        except GangError as error:
+            if not isinstance(error.cause, _MISTAKES):
+                raise
+            raise ReplayError(
+                f"step {step} must be learnt again as it was the first time, and was not: {error}; use the code and "
+                "packages it was learnt with, or remove its rows from rollouts/ to have it generated again, and "
+                "continue the run with the same command"
+            ) from error
         self.num_replayed += 1
         if result.skipped is not None:
             raise ReplayError(

@@ -30,7 +30,7 @@ from cluster.checks import check_run
 from cluster.config import RunConfig, load, validate
 from cluster.loop import train_step
 from cluster.placement import plan_placement
-from cluster.run import Run
+from cluster.run import Run, Stopped
 
 
 class RLHFConfig(AlgorithmConfig):
@@ -151,25 +151,24 @@ class RLHF(Algorithm):
 
         Raises:
             RuntimeError: when all steps are done.
+            Stopped: when a stop is requested; the last finished step is saved.
         """
         assert self._run is not None, "RLlib calls training_step after setup"
-        step = next(self._steps, None)
-        if step is None:
-            raise RuntimeError(f"train() must be called at most run.num_steps times, got one more ({self._run.step})")
-        for name, value in train_step(self._run, step).items():
-            self.metrics.log_value(name, value, reduce="mean", window=1)  # the default would be a moving average
-        if self._is_done:
-            self._run.finish()
+        try:
+            self._train_step(self._run)
+        except Stopped:
+            self._run.save_stopped()
+            raise
 
     def step(self) -> dict[str, Any]:
         """Return the step's results; `done` tells Tune that the run is over."""
         return {**super().step(), "done": self._is_done}
 
     def cleanup(self) -> None:
-        """End every process of the run."""
-        if self._run is not None:
-            self._run.close()
-            self._run = None
+        """End every process of the run, the checkpoint under way completed."""
+        run, self._run = self._run, None
+        if run is not None:
+            run.__exit__(None, None, None)
 
     def restore_env_runners(self, env_runner_group: Any) -> list[int]:
         """Return none: the run recovers its own workers."""
@@ -201,6 +200,15 @@ class RLHF(Algorithm):
     def restore_from_path(self, path: Any, *args: Any, **kwargs: Any) -> None:
         """Read the saved state; RLlib's own version would go on to synchronise workers it does not have here."""
         Checkpointable.restore_from_path(self, path, *args, **kwargs)
+
+    def _train_step(self, run: Run) -> None:
+        step = next(self._steps, None)
+        if step is None:
+            raise RuntimeError(f"train() must be called at most run.num_steps times, got one more ({run.step})")
+        for name, value in train_step(run, step).items():
+            self.metrics.log_value(name, value, reduce="mean", window=1)  # the default would be a moving average
+        if self._is_done:
+            run.finish()
 
     @property
     def _is_done(self) -> bool:

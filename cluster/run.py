@@ -3,7 +3,10 @@
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from typing import TypeVar
+
+import pyarrow as pa
 
 from cluster.claim import claim
 from cluster.interrupt import StopRequest
@@ -11,11 +14,11 @@ from cluster.ledger_store import LedgerStore
 from cluster.metrics import Recorder
 from cluster.pipeline import Batch
 from cluster.pipeline_core import LedgerJournal, WeightsLostError
+from cluster.pool import WorkerError
 from cluster.recovery import DurableIncarnations, StepResult
 from cluster.redo import RedoError
 from cluster.session import STATE_FILE, Session
 from cluster.status import LEDGER_FILE
-from cluster.storage import StorageError
 
 NON_FINITE = "non_finite"
 """Why the groups of a skipped step are dropped."""
@@ -46,8 +49,7 @@ class Run(Session):
             if exception[1] is None:
                 self._finish_checkpoint()
             elif isinstance(exception[1], Stopped):
-                self.save()
-                self.display.say(f"stopped after step {self.step}; the same command continues the run")
+                self.save_stopped()
         finally:
             self.close()
 
@@ -71,11 +73,12 @@ class Run(Session):
 
         Raises:
             Stopped: when a stop is requested while it waits.
+            WorkerError: when rows were lost before they were on disk.
         """
         if self.redo.has(step) and (batch := self._from_redo_log(step)) is not None:
             return batch
         batch = self._asking(lambda: self._wait_for_batch(step), version=step - 1)
-        self.redo.write(batch, self.tables(batch))
+        self.redo.write(batch, self._rows(batch))
         return batch
 
     def learn(self, batch: Batch) -> StepResult:
@@ -138,29 +141,39 @@ class Run(Session):
             self._tolerating(self._begin_checkpoint)
 
     def finish(self) -> None:
-        """Export the policy after the last step, whose checkpoint must be whole.
+        """Export the policy after the last step, once that step's checkpoint is whole.
 
         Raises:
-            OSError: when it cannot be written.
+            OSError: when one of them cannot be written.
         """
-        self.learner.export(self.storage.path("policy"))
         self._finish_checkpoint()
         self._save()
+        self.learner.export(self.storage.path("policy"))
+        self._save()  # once more where ranks that died over the export found it damaged
 
     def save(self) -> None:
         """Save the last finished step now, unless its checkpoint is whole already.
 
-        Never after a skipped step: what came before it, and it, are in the redo log.
+        Never after a skipped step, nor in the middle of one: the checkpoint before it and the redo log hold everything.
 
         Raises:
             OSError: when it cannot be written.
         """
         self._finish_checkpoint()
-        if not self._is_skipped:
+        if self.learner.step_done != self.step:
+            self.display.say(f"step {self.step + 1} is not finished and not saved; the same command learns it again")
+        elif not self._is_skipped:
             self._save()
+
+    def save_stopped(self) -> None:
+        """Save the last finished step because of a stop request, and say how to go on."""
+        self.save()
+        self.display.say(f"stopped after step {self.step}; the same command continues the run")
 
     def _asking(self, ask: Callable[[], Answer], *, version: int) -> Answer:
         """Ask the pipeline; weights that were lost with the rank that held them are published again."""
+        if self.learner.incarnation != self._published_incarnation:
+            self.publish(version)  # ranks that were started again may differ in a last bit, and hold what was published
         for _ in range(self.config.pipeline.max_restarts):
             try:
                 return ask()
@@ -177,6 +190,15 @@ class Run(Session):
                 return self.pipeline.take_batch(step)
         except KeyboardInterrupt:
             raise Stopped from None
+
+    def _rows(self, batch: Batch) -> pa.Table:
+        try:
+            return self.tables(batch)
+        except WorkerError as error:
+            raise WorkerError(
+                f"the rows of step {batch.step} must be on disk before they are learnt from, and were lost on the way: "
+                f"{error}; continue the run with the same command, which generates the step again and loses nothing"
+            ) from error
 
     def _from_redo_log(self, step: int) -> Batch | None:
         try:
@@ -195,23 +217,29 @@ class Run(Session):
             "num_lost_publications": self._num_lost_publications,
             "num_failed_checkpoints": self._num_failed_checkpoints,
             "num_failed_ledger_writes": self._store.num_failed_writes,
+            "num_lost_ledger_transitions": self._store.num_lost,
         }
 
     def _begin_checkpoint(self) -> None:
-        state = {
-            "step": self.step,
-            "model_dir": self._model_dir,
-            "pipeline": self._state,
-            "incarnation": self.learner.incarnation,
-        }
+        assert self.learner.step_done == self.step, "the step that the ranks are at must be recorded before it is saved"
+        state = {"step": self.step, "model_dir": self._model_dir, "pipeline": self._state}
         self.learner.begin_checkpoint({STATE_FILE: json.dumps(state)})
 
     def _complete_checkpoint(self) -> None:
         step = self.learner.finish_checkpoint()
         if step is not None:
             self._saved = step
+            self._tidy_up(step)
+
+    def _tidy_up(self, step: int) -> None:
+        """Do what may follow a checkpoint; the next one does it again."""
+        try:
             self.storage.keep_checkpoints(self.config.run.keep_checkpoints)
             self.recorder.compact()
+        except OSError as error:
+            self.display.say(
+                f"checkpoint {step} is whole, but older ones or metrics.parquet are not tidied up: {error}"
+            )
 
     def _finish_checkpoint(self) -> None:
         self._tolerating(self._complete_checkpoint)
@@ -220,13 +248,13 @@ class Run(Session):
         """Go on where a checkpoint cannot be written: the one before it and the redo log hold everything."""
         try:
             save()
-        except (OSError, StorageError) as error:
+        except OSError as error:
             self._num_failed_checkpoints += 1
             self.display.say(f"the checkpoint of step {self.step} could not be written, the run goes on: {error}")
 
     def _save(self) -> None:
         """Save the last finished step, unless its checkpoint is whole already."""
-        if self._saved < self.step:
+        if self._saved < self.step or self.step not in {0, *self.storage.checkpoints()}:
             self._begin_checkpoint()
             self._complete_checkpoint()
 
@@ -245,6 +273,9 @@ class Run(Session):
         self._exit.callback(self._close_records)
         self.stop = self._exit.enter_context(StopRequest())  # Ray has put handlers of its own there before
 
+    def _begin_without_checkpoint(self) -> None:
+        self.display.say("no whole checkpoint is left; the run starts again and learns the steps in rollouts/ again")
+
     def _journal(self) -> LedgerJournal:
         self._store = LedgerStore(self.storage.path(LEDGER_FILE), say=self.display.say)
         self._store.rewind(max(self.storage.checkpoints(), default=0))  # where the session continues
@@ -254,7 +285,9 @@ class Run(Session):
         return DurableIncarnations(self.storage)
 
     def _close_records(self) -> None:
-        self.recorder.close()
+        """Complete the records; what keeps them from it is said, since something else may have ended the run."""
+        with suppress(Exception):  # whatever ended the pipeline: the counts are those of the last step then
+            self._counts = self.pipeline.counts()
         quarantined = [row for source in self._sources for row in source.quarantined]
         summary = {
             "steps": self.step,
@@ -262,13 +295,17 @@ class Run(Session):
             "quarantined_rows": [{"file": row.file, "line": row.line, "reason": row.reason} for row in quarantined],
             "num_quarantined_rows": sum(source.num_quarantined for source in self._sources),
         }
-        self.storage.write_text(json.dumps(summary, indent=1), "summary.json")
+        try:
+            self.recorder.close()
+            self.storage.write_text(json.dumps(summary, indent=1), "summary.json")
+        except OSError as error:
+            self.display.say(f"metrics.parquet or summary.json could not be brought up to date: {error}")
         for row in quarantined:
             self.display.say(f"quarantined {row.file}:{row.line}: {row.reason}")
-        self.display.say(_conservation(self._counts))
+        self.display.say(_conservation(self.step, self._counts))
 
 
-def _conservation(counts: Mapping[str, int]) -> str:
-    """Return e.g. `groups: 16 accepted = 15 trained + 0 dropped + 1 quarantined + 0 in flight`."""
+def _conservation(step: int, counts: Mapping[str, int]) -> str:
+    """Return e.g. `groups after step 4: 16 accepted = 15 trained + 0 dropped + 1 quarantined + 0 in flight`."""
     parts = " + ".join(f"{counts[name]} {name}" for name in ("trained", "dropped", "quarantined"))
-    return f"groups: {counts['accepted']} accepted = {parts} + {counts['in_flight']} in flight"
+    return f"groups after step {step}: {counts['accepted']} accepted = {parts} + {counts['in_flight']} in flight"

@@ -30,7 +30,7 @@ from cluster.progress import Display
 from cluster.recovery import RecoveringLearner
 from cluster.redo import RedoLog
 from cluster.start import prepare_policy
-from cluster.storage import RunStorage
+from cluster.storage import RunStorage, StorageError
 from cluster.transport import ObjectStoreTransport
 from learner.controller import StepController
 from reward.config import ComponentConfig, RewardConfig
@@ -49,6 +49,7 @@ class Session:
     learner: RecoveringLearner
     held_out: list[DrawnPrompt]
     _model_dir: str
+    _published_incarnation: int
     _sources: list[PromptSource]
 
     def __init__(self, config: RunConfig, *, display: Display | None = None) -> None:
@@ -80,7 +81,9 @@ class Session:
     def publish(self, version: int) -> None:
         """Give the learner's weights to every rollout worker as `version`."""
         started = time.perf_counter()
-        self.pipeline.publish(self.learner.publish(version))
+        publication = self.learner.publish(version)
+        self.pipeline.publish(publication)
+        self._published_incarnation = publication.incarnation
         self.publish_s = time.perf_counter() - started
 
     def answer_held_out(self, version: int) -> tuple[Batch, dict[str, float]]:
@@ -105,7 +108,10 @@ class Session:
         with self.display.phase("joining Ray"):
             cores, node_cores = join_cluster(config)
             placement = plan_placement(config, cores=cores, node_cores=node_cores)
+        has_checkpoints = bool(self.storage.checkpoints())
         checkpoint = self.storage.newest_checkpoint()
+        if has_checkpoints and checkpoint is None:
+            self._begin_without_checkpoint()
         self.step = checkpoint[0] if checkpoint else 0
         with self.display.phase("preparing the policy"):
             self._model_dir = self._starting_model(placement, checkpoint)
@@ -115,6 +121,13 @@ class Session:
         if checkpoint is not None:
             self._restore(*checkpoint)
         self.publish(self.step)
+
+    def _begin_without_checkpoint(self) -> None:
+        """Decide what to do where every checkpoint is damaged."""
+        raise StorageError(
+            f"{self.storage.directory} must hold a whole checkpoint, and all it has are damaged; continue its training "
+            "with `concord train`, which learns the steps in rollouts/ again"
+        )
 
     def _journal(self) -> LedgerJournal:
         """Return where the ledger's transitions are kept for people to read."""
@@ -174,6 +187,7 @@ class Session:
             "num_threads": placement.rollout.threads,
             # Sooner than the worker's own deadline: lost weights are not its fault.
             "fetch_timeout_s": config.pipeline.timeout_s / 2,
+            "stall_s": config.pipeline.heartbeat_s,
         }
         reward_arguments = {
             "reward": _with_absolute_paths(config.reward),
@@ -190,6 +204,7 @@ class Session:
         workers = RayWorkers(specs, run=name)
         core = PipelineCore(config, prompts=prompts, workers=workers, ledger=Ledger(), journal=self._journal())
         core.on_progress = self.display.groups
+        core.say = self.display.say
         self.pipeline = Pipeline(core)
         self._exit.callback(self.pipeline.close)
         self._start_learner(placement, transport)
@@ -227,6 +242,11 @@ class Session:
         self.learner.wait_ready()
 
     def _restore(self, step: int, directory: str) -> None:
+        if not os.path.isdir(directory):  # a rank died while it was started, and recovery looked at the checkpoints
+            raise StorageError(
+                f"{directory} must stay whole while the run starts, and was set aside as damaged; continue the run "
+                "with the same command, which uses an older checkpoint"
+            )
         state = self._read_state(step)  # first: while ranks are restored, the checkpoint may be set aside as damaged
         self.learner.restore(step, directory)
         self.pipeline.load_state_dict(state["pipeline"])

@@ -7,9 +7,11 @@ The value head is not part of the policy and never leaves; tied weights leave on
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -92,12 +94,15 @@ class Publisher:
 def export_policy(publisher: Publisher, directory: str, *, model_dir: str) -> None:
     """Write a directory that `AutoModelForCausalLM.from_pretrained` loads, with the tokenizer of `model_dir`.
 
-    Weights are safetensors in the dtype of the forward pass, adapters merged.
+    Weights are safetensors in the dtype of the forward pass, adapters merged.  The directory is whole or as it was
+    before: a policy that lies there is replaced by a complete one only.
+
+    Raises:
+        OSError: when the disk does not take it, or something else lies there.
     """
     weights = {name: tensor.clone() for named in publisher.tensors() for name, tensor in named}
     if not publisher.is_first_rank:
         return
-    os.makedirs(directory, exist_ok=True)
     policy = publisher.policy
     with torch.device("meta"):  # a skeleton without adapters, sharding or a swapped head
         skeleton = type(policy)(policy.config)
@@ -105,11 +110,61 @@ def export_policy(publisher: Publisher, directory: str, *, model_dir: str) -> No
     skeleton.load_state_dict(weights | persistent, strict=False, assign=True)
     skeleton.tie_weights()
     skeleton.generation_config = policy.generation_config
-    skeleton.save_pretrained(directory)
+    with _swapped_in(os.path.realpath(directory)) as temporary:
+        try:
+            skeleton.save_pretrained(temporary)
+        except SafetensorError as error:
+            raise OSError(f"the weights could not be written to {temporary}: {error}") from error
+        _copy_companions(model_dir, temporary)
+
+
+def _copy_companions(model_dir: str, directory: str) -> None:
     for name in sorted(os.listdir(model_dir)):
-        source = os.path.join(model_dir, name)
-        if os.path.isfile(source) and _is_companion(name) and not os.path.exists(os.path.join(directory, name)):
-            shutil.copyfile(source, os.path.join(directory, name))
+        source, target = os.path.join(model_dir, name), os.path.join(directory, name)
+        if os.path.isfile(source) and _is_companion(name) and not os.path.exists(target):
+            shutil.copyfile(source, target)
+
+
+@contextmanager
+def _swapped_in(directory: str) -> Iterator[str]:
+    """Yield a new directory beside a policy's, and put it, synced, in the policy's place when the block succeeds.
+
+    A crash leaves `<directory>.<process>-<number>.tmp`, which a run clears away when it opens its directory.
+    """
+    if os.path.lexists(directory) and not _is_replaceable(directory):
+        raise FileExistsError(
+            f"{directory} must be empty or hold a policy's config.json to be replaced; choose another"
+        )
+    temporary, former = (f"{directory}.{os.getpid()}-{number}.tmp" for number in range(2))
+    for leftover in (temporary, former):
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        os.makedirs(temporary)
+        yield temporary
+        for root, _, names in os.walk(temporary, topdown=False):
+            for name in (*names, "."):
+                _sync(os.path.join(root, name))
+        if os.path.isdir(directory):
+            os.rename(directory, former)
+        os.rename(temporary, directory)
+        _sync(os.path.dirname(directory))
+    finally:
+        if os.path.isdir(former) and not os.path.lexists(directory):
+            os.rename(former, directory)
+        for leftover in (temporary, former):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _is_replaceable(directory: str) -> bool:
+    return os.path.isdir(directory) and (not os.listdir(directory) or "config.json" in os.listdir(directory))
+
+
+def _sync(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _is_companion(name: str) -> bool:

@@ -4,6 +4,8 @@
 class RewardError(RuntimeError):
     """A judge did not return a usable score for each response; never replaced by zeros.
 
+    An outage is none: it crosses as ConnectionError, TimeoutError or out of memory (`reward.functions`).
+
     Args:
         component: name of the judge in the configuration.
         prompt_id: whose responses it judged.

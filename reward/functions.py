@@ -6,6 +6,12 @@ For a plain prompt `prompts` and `completions` are strings; for a chat prompt th
 `[{"role": "assistant", "content": ...}]`.  Columns are the data set's other columns, one list each, and
 `completion_ids`; a function without `**columns` gets those it names.  None means that the rule does not apply to the
 sample.
+
+What a function raises is taken for the group's fault: it is judged once more, then left out of training.  Not so an
+outage: ConnectionError, TimeoutError, MemoryError and torch.OutOfMemoryError, themselves or under a client library's
+own kind that was raised while one of them was handled.  The group is then generated and judged again, with growing
+pauses, at most `pipeline.max_retries` times.  A function that asks a service should raise ConnectionError for an answer
+that means "try again later" (HTTP 429, 503).
 """
 
 import inspect
@@ -14,12 +20,16 @@ from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
+import torch
+
 from actors.encoding import Prompt
 from actors.plugins import import_function
 from reward.errors import RewardError
 
 RESERVED = ("prompts", "completions", "completion_ids")
 """Argument names that a data set's columns cannot take."""
+
+_OUTAGES: tuple[type[Exception], ...] = (ConnectionError, TimeoutError, MemoryError, torch.OutOfMemoryError)
 
 
 class RewardFunction:
@@ -51,8 +61,9 @@ class RewardFunction:
         """Return the function's score of each response to one prompt.
 
         Raises:
-            RewardError: if it cannot be called with the columns there are, raises anything, or returns anything but one
-                finite number or None for each response.
+            RewardError: if it cannot be called with the columns there are, raises anything else, or returns anything
+                but one finite number or None for each response.
+            ConnectionError, TimeoutError, MemoryError, torch.OutOfMemoryError: if the function met one of them.
         """
         columns = {key: [value] * len(responses) for key, value in extras.items() if key not in RESERVED}
         columns["completion_ids"] = [list(ids) for ids in response_ids]
@@ -70,9 +81,18 @@ class RewardFunction:
         try:
             scores = self._function(**call)
         except Exception as error:
-            problem = f"its function must not raise, got {type(error).__name__}: {error}; mend the function or the data"
-            raise RewardError(self._name, prompt_id, problem) from error
+            raise self._blamed(prompt_id, error) from error
         return self._checked(prompt_id, scores, len(responses))
+
+    def _blamed(self, prompt_id: str, error: Exception) -> Exception:
+        """Return what a failure of the function is to the run; an outage in the plain kind, which any process knows."""
+        found = f"{type(error).__name__}: {error}"
+        outage = _outage(error)
+        if outage is None:
+            problem = f"its function must not raise, got {found}; mend the function or the data"
+            return RewardError(self._name, prompt_id, problem)
+        problem = f"its function must have what it needs, got {found}; mend the service or the machine it runs on"
+        return outage(str(RewardError(self._name, prompt_id, problem)))
 
     def _checked(self, prompt_id: str, scores: Any, wanted: int) -> list[float | None]:
         if not isinstance(scores, Sequence) and not hasattr(scores, "__len__"):
@@ -97,6 +117,16 @@ def finite(component: str, prompt_id: str, score: float) -> float:
     if not math.isfinite(score):
         raise RewardError(component, prompt_id, f"a score must be finite, got {score}")
     return score
+
+
+def _outage(error: BaseException | None) -> type[Exception] | None:
+    """Return the kind of outage that an error is or was raised over, None where there is none."""
+    while error is not None:
+        kind = next((kind for kind in _OUTAGES if isinstance(error, kind)), None)
+        if kind is not None:
+            return kind
+        error = error.__cause__ or error.__context__  # httpx hides it from tracebacks, so hidden ones count
+    return None
 
 
 def _completions(prompt: Prompt, responses: Sequence[str]) -> list[Any]:

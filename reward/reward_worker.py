@@ -82,6 +82,7 @@ class RewardWorker:
         Raises:
             SchemaError: if the table is not one group of ROLLOUTS.
             RewardError: if a judge does not return one finite score per response, or none applies to a response.
+            ConnectionError, TimeoutError, MemoryError, torch.OutOfMemoryError: if a judge was not to be had.
         """
         fault("reward.score")
         check(rollouts, ROLLOUTS, "RewardWorker.score")

@@ -7,6 +7,7 @@ a step that is missing, doubled, misordered or planned by a controller in anothe
 import json
 import os
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -24,6 +25,11 @@ from learner.learner import Skipped
 from reward.config import ComponentConfig, RewardConfig
 from reward.samples import samples_of
 from reward.schema import SCORED
+from tests.simulated_disk import SimulatedDisk
+from tests.simulated_driver import Place, SimulatedRun, standing_in
+from tests.simulated_run import _config
+from tests.simulated_truth import Truth
+from tests.simulated_world import Data, World
 
 NUM_STEPS = 6
 
@@ -241,3 +247,18 @@ def damage_when(script, point, directory, step, *, how="flipped"):
 
     script.reach = planting(script, point, damage)
     return script
+
+
+@contextmanager
+def calm_place(directory):
+    """Where the real `Run` drives simulated processes, and nothing goes wrong but what a test brings about itself.
+
+    Four steps of three groups, a checkpoint every two; `said` is what was said, with the time.
+    """
+    data = Data(seed=1, num_steps=4, groups_per_step=3, num_prompts=9, malformed=0.0, not_finite=0.0, num_held_out=0)
+    said = []
+    world = World(None, data, said.append)
+    disk = SimulatedDisk(world, str(directory))
+    place = Place(world=world, truth=Truth(data), disk=disk, config=_config(world, str(directory)))
+    with standing_in(place):
+        yield lambda: SimulatedRun(place), said

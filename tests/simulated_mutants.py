@@ -38,7 +38,7 @@ def late_reply_accepted() -> Iterator[None]:
         if pending.call.verb is Verb.GENERATE:
             group.ledger.generated(group.group_id, group.lease.lease_id)
             group.rollouts = answer
-            self._generated.append(group)
+            self._generated.add(group)
         else:
             group.ledger.scored(group.group_id, group.lease.lease_id)
             group.round.finished[group.group_id] = answer

@@ -269,6 +269,63 @@ def test_weights_that_never_come_are_an_error_in_time_and_the_next_publication_i
     assert (num_rows, version) == (3, 2)
 
 
+class Wedge:
+    """Takes the place of an engine's method and holds its thread until it is released."""
+
+    def __init__(self, engine, method):
+        self.original, self.reached, self.release = getattr(engine, method), threading.Event(), threading.Event()
+        setattr(engine, method, self)
+
+    def __call__(self, *arguments):
+        self.reached.set()
+        self.release.wait(30)
+        return self.original(*arguments)
+
+
+@pytest.mark.parametrize("method", ["step", "load"])
+def test_a_ping_says_that_the_engine_hangs_and_that_it_goes_on(make_worker, model_dir, method):
+    model = other_weights(model_dir)
+
+    async def scenario(worker):
+        await asyncio.sleep(0.5)  # idle for longer than the limit
+        wedge = Wedge(worker._thread._engine, method)
+        busy = worker.generate(prompt("a", [1]), lease("a")) if method == "step" else None
+        task = asyncio.create_task(busy or worker.update_weights(publication(model, 1)))
+        while not wedge.reached.is_set():
+            assert await worker.ping() == -1
+            await asyncio.sleep(0.01)
+        assert await worker.ping() == -1  # not yet for long
+        await asyncio.sleep(0.5)
+        with pytest.raises(RolloutError, match=r"must take a turn within 0\.4 s .* has not for 0\.\d s"):
+            await worker.ping()
+        wedge.release.set()
+        await task
+        return await worker.ping()
+
+    assert within(scenario(make_worker(stall_s=0.4))) == (-1 if method == "step" else 1)
+
+
+def test_a_ping_knows_a_slow_engine_from_one_that_hangs_and_a_limit_of_0_knows_none(make_worker):
+    async def pings(worker, seconds):
+        step = worker._thread._engine.step
+        worker._thread._engine.step = lambda: time.sleep(seconds) or step()
+        task = asyncio.create_task(worker.generate(prompt("a", [1]), lease("a", max_new_tokens=8)))
+        started, failures = time.monotonic(), 0
+        while not task.done():
+            try:
+                await worker.ping()
+            except RolloutError:
+                failures += 1
+            await asyncio.sleep(0.02)
+        return time.monotonic() - started, failures
+
+    seconds, failures = within(pings(make_worker(stall_s=0.5), 0.15))
+    assert seconds > 1.0  # longer than the limit, each step within it
+    assert failures == 0
+    assert within(pings(make_worker(), 0.3))[1] == 0
+    assert within(pings(make_worker(stall_s=0.1), 0.3))[1] > 0
+
+
 @pytest.mark.parametrize(
     ("point", "kind"),
     [("rollout.generate", RuntimeError), ("rollout.decode", RolloutError), ("rollout.fetch_weights", RolloutError)],

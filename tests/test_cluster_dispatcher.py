@@ -264,14 +264,16 @@ def test_a_worker_that_has_no_place_is_an_error_after_the_ready_timeout():
 
 
 def test_infrastructure_failures_have_a_budget_for_each_group():
-    world = World(rollouts=1)
+    world = World(rewards=1)
     world.begin("a")
     for attempt in range(4):
         assert world.dispatcher.error is None
-        world.fail(world.calls(Verb.GENERATE)[0], FailureKind.INFRA, "store full")
+        world.answer_all(Verb.GENERATE)
+        world.fail(world.calls(Verb.SCORE)[0], FailureKind.INFRA, "judge away")
         world.tick(world.now + 2.0**attempt)
     assert isinstance(world.dispatcher.error, RetriesError)
     assert "group a" in str(world.dispatcher.error)
+    assert world.killed == [], "its process is not to blame"
 
 
 @pytest.mark.parametrize("verb", [Verb.GENERATE, Verb.SCORE])
@@ -324,6 +326,89 @@ def test_one_death_during_a_fetch_holds_nobody():
     world.fail(first, FailureKind.DIED)
     world.answer(second, None)
     assert [str(call.worker) for call in world.calls(Verb.GENERATE)] == [str(second.worker)]
+
+
+def test_a_worker_that_fails_while_others_work_is_ended():
+    world = World(rollouts=2, capacity=1)
+    world.begin(*"abcdefgh")
+    sick = "rollout-0.0"
+    for _ in range(2):
+        world.fail(world.calls(Verb.GENERATE, sick)[0], FailureKind.INFRA, "device lost")
+    assert world.killed == [sick], "the least busy worker would draw every group"
+    assert "failed 2 times in a row, the last time: device lost" in world.dispatcher.take_notes()[0]
+
+
+def test_an_outage_that_all_judges_feel_ends_none_of_them():
+    world = World(rollouts=1, rewards=2, capacity=1)
+    world.begin("a", "b")
+    world.answer_all(Verb.GENERATE)
+    for call in world.calls(Verb.SCORE):
+        world.fail(call, FailureKind.INFRA, "judge away")
+    world.tick(0.5)
+    world.answer_all(Verb.GENERATE)
+    for call in world.calls(Verb.SCORE):
+        world.fail(call, FailureKind.INFRA, "judge away")
+    assert world.killed == []
+
+
+def test_a_worker_that_cannot_load_what_another_has_loaded_tries_again_and_is_ended():
+    world = World(rollouts=2)
+    world.answer_all(Verb.READY)
+    world.dispatcher.publish(V0, "weights", 0.0)
+    world.collect()
+    first, second = world.calls(Verb.LOAD)
+    world.fail(first, FailureKind.INFRA, "timeout")
+    assert not world.dispatcher.weights_lost, "the other one may get it"
+    world.answer(second, None)
+    (again,) = world.calls(Verb.LOAD)
+    assert str(again.worker) == str(first.worker)
+    world.fail(again, FailureKind.INFRA, "timeout")
+    assert world.killed == [str(first.worker)]
+    assert not world.dispatcher.weights_lost
+
+
+def test_a_place_given_up_over_a_load_holds_nobody():
+    world = World(rollouts=2, max_restarts=0)
+    world.answer_all(Verb.READY)
+    world.dispatcher.publish(V0, "weights", 0.0)
+    world.collect()
+    first, second = world.calls(Verb.LOAD)
+    world.fail(first, FailureKind.INFRA, "owner died")
+    world.fail(second, FailureKind.DIED)
+    assert world.dispatcher.weights_lost, "nobody is left who could still get them"
+
+
+def test_a_constructor_that_raises_later_costs_a_restart():
+    world = World(rollouts=1, max_restarts=3)
+    world.begin("a")
+    world.fail(world.calls(Verb.GENERATE)[0], FailureKind.DIED)
+    world.fail(world.calls(Verb.READY)[0], FailureKind.DATA, "device memory not free yet")
+    assert world.dispatcher.error is None
+    world.tick(0.5)
+    assert world.started[-1] == "rollout-0.2"
+
+
+def test_deaths_are_told():
+    world = World(rollouts=1, max_restarts=1)
+    world.begin("a")
+    world.fail(world.calls(Verb.GENERATE)[0], FailureKind.DIED, "killed")
+    world.fail(world.calls(Verb.READY)[0], FailureKind.DIED, "killed")
+    assert world.dispatcher.take_notes() == [
+        "rollout-0.0: killed; rollout-0.1 takes its place (failure 1, 1 allowed)",
+        "rollout-0.1: killed; its place is given up after 2 failures in a row",
+    ]
+    assert world.dispatcher.counters["num_given_up"] == 1
+
+
+def test_the_work_for_a_round_grows_with_its_groups_and_not_faster(monkeypatch):
+    picks = []
+    pick = Fleet.pick
+    monkeypatch.setattr(Fleet, "pick", lambda fleet, weights: (picks.append(1), pick(fleet, weights))[1])
+    world = World(rollouts=2, capacity=4)
+    world.begin(*(f"g{number}" for number in range(300)))
+    world.answer_all(Verb.GENERATE, Verb.SCORE)
+    assert world.dispatcher.round("round").is_done
+    assert len(picks) < 300 * 8
 
 
 def test_fleet_backoff_is_bounded():

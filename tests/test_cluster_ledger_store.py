@@ -1,9 +1,7 @@
-"""The ledger's history on disk: what it holds, after a resume, a kill and damage."""
+"""The ledger's history on disk: what it holds, also after a resume and a kill."""
 
 import os
-import random
 import signal
-import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -18,24 +16,7 @@ from cluster.ledger import GroupState, Ledger
 from cluster.ledger_history import reading
 from cluster.ledger_store import LedgerStore
 from cluster.storage import StorageError
-
-
-def _train(ledger, names, step):
-    """Take groups through a whole step."""
-    _begin(ledger, names)
-    for name in names:
-        ledger.batch(name, step)
-    for name in names:
-        ledger.train(name, step)
-
-
-def _begin(ledger, names):
-    """Take groups to SCORED."""
-    for name in names:
-        ledger.accept(name)
-        lease = ledger.lease(name, "rollout-0.0", 0, 0)
-        ledger.generated(name, lease)
-        ledger.scored(name, lease)
+from tests.ledger_toys import begin, train
 
 
 def _states(events):
@@ -80,8 +61,8 @@ def test_prompts_are_found_in_all_epochs_and_by_any_id(path):
 
 def test_counts_and_reasons(path):
     ledger, store = Ledger(), LedgerStore(path)
-    _train(ledger, ["0/a", "0/b"], step=1)
-    _begin(ledger, ["0/c", "0/d", "0/e", "0/f"])
+    train(ledger, ["0/a", "0/b"], step=1)
+    begin(ledger, ["0/c", "0/d", "0/e", "0/f"])
     ledger.end("0/d", GroupState.QUARANTINED, "half a character: \ud800")
     ledger.end("0/e", GroupState.DROPPED, "non_finite")
     ledger.end("0/f", GroupState.DROPPED, "non_finite")
@@ -97,12 +78,12 @@ def test_counts_and_reasons(path):
 def test_a_group_trained_twice_or_lost_shows_in_the_counts(path):
     """Planted bugs: accepted is no longer the sum of the others."""
     ledger, store = Ledger(), LedgerStore(path)
-    _train(ledger, ["0/a"], step=1)
+    train(ledger, ["0/a"], step=1)
     transitions = ledger.take_transitions()
     store.append([*transitions, transitions[-1]], 1.0)
     assert store.counts() == {"accepted": 1, "trained": 2, "dropped": 0, "quarantined": 0, "in_flight": 0}
     store._connection.execute("DELETE FROM groups")
-    _begin(ledger, ["0/b"])
+    begin(ledger, ["0/b"])
     store.append(ledger.take_transitions()[:1], 1.0)
     store._connection.execute("DELETE FROM groups WHERE group_id = '0/b'")
     assert store.counts()["accepted"] == 2
@@ -111,11 +92,11 @@ def test_a_group_trained_twice_or_lost_shows_in_the_counts(path):
 
 def _two_steps_and_a_half(store):
     ledger = Ledger()
-    _train(ledger, ["0/a"], step=1)
+    train(ledger, ["0/a"], step=1)
     store.append(ledger.take_transitions(), 1.0)
     snapshot = ledger.snapshot()
-    _train(ledger, ["0/b"], step=2)
-    _begin(ledger, ["0/c"])
+    train(ledger, ["0/b"], step=2)
+    begin(ledger, ["0/c"])
     store.append(ledger.take_transitions(), 2.0)
     return snapshot
 
@@ -129,7 +110,7 @@ def test_a_resume_rolls_back_what_came_after_its_checkpoint(path):
     assert [event.rolled_back for event in store.history("b")] == [1] * 6, "kept, and marked"
     ledger = Ledger()
     ledger.restore(snapshot)
-    _train(ledger, ["0/b"], step=2)
+    train(ledger, ["0/b"], step=2)
     store.append(ledger.take_transitions(), 3.0)
     assert store.counts() == ledger.counts()
     assert [event.rolled_back for event in store.history("0/b")] == [1] * 6 + [None] * 6
@@ -142,8 +123,8 @@ def test_a_resume_rolls_back_what_came_after_its_checkpoint(path):
 
 def test_groups_in_flight_at_the_checkpoint_are_accepted_again(path):
     ledger, store = Ledger(), LedgerStore(path)
-    _begin(ledger, ["0/c"])
-    _train(ledger, ["0/a"], step=1)
+    begin(ledger, ["0/c"])
+    train(ledger, ["0/a"], step=1)
     snapshot = ledger.snapshot()
     ledger.batch("0/c", 2)
     ledger.train("0/c", 2)
@@ -185,7 +166,7 @@ def _train_and_resume(store, actions, rng):
             step += 1
             names = [f"0/p{number}" for number in range(drawn, drawn + 3)]
             drawn += 3
-            _begin(ledger, names)
+            begin(ledger, names)
             ledger.end(names.pop(), GroupState.QUARANTINED, "why") if action == 1 else None
             for name in names:
                 ledger.batch(name, step)
@@ -193,7 +174,7 @@ def _train_and_resume(store, actions, rng):
                 ledger.end(name, GroupState.DROPPED, "non_finite") if action == 2 else ledger.train(name, step)
             snapshots[step] = (ledger.snapshot(), drawn)
         else:
-            _begin(ledger, [f"0/p{drawn}"])
+            begin(ledger, [f"0/p{drawn}"])
             store.append(ledger.take_transitions(), float(step))
             step = rng.choice([known for known in snapshots if known <= step])
             snapshot, drawn = snapshots[step]
@@ -256,12 +237,12 @@ def test_a_killed_run_leaves_whole_transactions_and_readers_never_disturb_it(pat
 def test_a_write_that_fails_halfway_leaves_nothing_and_is_made_up_for(path):
     said = []
     ledger, store = Ledger(), LedgerStore(path, say=said.append)
-    _train(ledger, ["0/a"], step=1)
+    train(ledger, ["0/a"], step=1)
     store._connection.execute("PRAGMA max_page_count = 12")  # a full disk
     for number in range(200):
         ledger.accept(f"1/{number:04d}{'x' * 50}")
     store.append(ledger.take_transitions(), 1.0)
-    _train(ledger, ["0/b"], step=2)
+    train(ledger, ["0/b"], step=2)
     store.append(ledger.take_transitions(), 2.0)
     assert store.counts()["accepted"] == 0, "a transaction is whole or absent"
     assert (store.num_failed_writes, len(said)) == (2, 1)
@@ -278,99 +259,9 @@ def test_what_waits_for_the_disk_is_bounded_and_counted(path, monkeypatch):
     ledger, store = Ledger(), LedgerStore(path, say=lambda text: None)
     store._connection.execute("PRAGMA query_only = 1")
     for start in range(0, 30, 6):
-        _train(ledger, [f"0/{start}"], step=1)
+        train(ledger, [f"0/{start}"], step=1)
         store.append(ledger.take_transitions(), 1.0)
     assert (len(store._pending), store.num_lost, store.num_failed_writes) == (10, 20, 5)
-
-
-def _damages():
-    rng = random.Random(0)
-    yield "nonsense", lambda data: b"this is no database, and it is long enough to have a header" * 99
-    yield "header", lambda data: b"\0" * 100 + data[100:]
-    yield "other version", None
-    for number in range(12):
-        start = rng.randrange(0, 40_000)
-        yield f"page {number}", lambda data, start=start: data[:start] + b"\xa5" * 4096 + data[start + 4096 :]
-        yield f"cut {number}", lambda data, start=start: data[: max(100, start)]
-
-
-@pytest.mark.parametrize("damage", [pytest.param(change, id=name) for name, change in _damages()])
-def test_damage_is_set_aside_and_said(path, damage):
-    ledger, store = Ledger(), LedgerStore(path)
-    for step in range(40):
-        _train(ledger, [f"{step}/{name}" for name in "abcd"], step)
-        store.append(ledger.take_transitions(), 1.0)
-    if damage is None:
-        store._connection.execute("PRAGMA user_version = 2")
-    store.close()
-    with open(path, "rb") as file:
-        data = file.read()
-    if damage is not None:
-        with open(path, "wb") as file:
-            file.write(damage(data))
-    said = []
-    store = LedgerStore(path, say=said.append)
-    assert len(said) == 1
-    assert f"{path} is damaged (" in said[0]
-    assert f"set aside as {path}.damaged;" in said[0]
-    assert os.path.isfile(f"{path}.damaged")
-    assert store.counts()["accepted"] == 0
-    fresh = Ledger()
-    _train(fresh, ["0/a"], step=1)
-    store.append(fresh.take_transitions(), 1.0)
-    store.close()
-    with reading(path) as history:
-        assert history.counts() == fresh.counts()
-
-
-def test_a_log_left_beside_a_damaged_file_is_not_played_into_the_new_one(path):
-    ledger, store = Ledger(), LedgerStore(path)
-    store._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    _train(ledger, ["0/a"], step=1)
-    store.append(ledger.take_transitions(), 1.0)
-    with open(path + "-wal", "rb") as file:
-        log = file.read()
-    store.close()
-    with open(path, "wb") as file:
-        file.write(b"\xa5" * 8192)
-    with open(path + "-wal", "wb") as file:
-        file.write(log)
-    store = LedgerStore(path, say=lambda text: None)
-    assert store.counts()["accepted"] == 0
-    assert os.path.isfile(f"{path}.damaged")
-
-
-def test_a_file_that_breaks_under_a_run_does_not_end_it(path):
-    said = []
-    ledger, store = Ledger(), LedgerStore(path, say=said.append)
-    _train(ledger, ["0/a"], step=1)
-    store.append(ledger.take_transitions(), 1.0)
-    store._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    store._connection.execute("PRAGMA cache_size = 0")
-    with open(path, "r+b") as file:
-        file.seek(4096)
-        file.write(b"\xa5" * os.path.getsize(path))
-    _train(ledger, ["0/b"], step=2)
-    store.append(ledger.take_transitions(), 2.0)
-    assert (len(said), store.num_failed_writes) == (2, 1)
-    assert "is damaged" in said[1]
-    _train(ledger, ["0/c"], step=3)
-    store.append(ledger.take_transitions(), 3.0)
-    assert store.counts()["trained"] == 2, "what had to wait, and what came after"
-    store.rewind(2)
-    assert store.counts()["trained"] == 1
-
-
-def test_another_writer_is_refused_and_nothing_is_set_aside(path, monkeypatch):
-    store = LedgerStore(path)
-    store.close()
-    other = sqlite3.connect(path, isolation_level=None)
-    other.execute("PRAGMA locking_mode = EXCLUSIVE")
-    other.execute("BEGIN EXCLUSIVE")
-    monkeypatch.setattr(ledger_store, "_BUSY_TIMEOUT_S", 0.1)
-    with pytest.raises(StorageError, match=r"must be writable for the ledger's history, and is not \(database is lock"):
-        LedgerStore(path)
-    assert not os.path.exists(f"{path}.damaged")
 
 
 def test_reading_what_is_no_history_is_one_clear_error(path, tmp_path):
@@ -383,7 +274,7 @@ def test_reading_what_is_no_history_is_one_clear_error(path, tmp_path):
 
 def test_a_reader_writes_nothing(path):
     ledger, store = Ledger(), LedgerStore(path)
-    _train(ledger, ["0/a"], step=1)
+    train(ledger, ["0/a"], step=1)
     store.append(ledger.take_transitions(), 1.0)
     with pytest.raises(StorageError, match="readonly"), reading(path) as history:
         history._connection.execute("DELETE FROM events")
@@ -410,7 +301,7 @@ def test_a_history_that_nobody_may_write_to_is_read(is_closed):
     with tempfile.TemporaryDirectory() as directory:  # not pytest's, which is closed to others
         path = os.path.join(directory, "ledger.sqlite")
         ledger, store = Ledger(), LedgerStore(path)
-        _train(ledger, ["0/a"], step=1)
+        train(ledger, ["0/a"], step=1)
         store.append(ledger.take_transitions(), 1.0)
         if is_closed:
             store.close()

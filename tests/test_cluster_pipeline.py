@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 
 import pyarrow as pa
 import pytest
@@ -218,6 +219,31 @@ def test_a_mistake_in_the_thread_fails_whoever_waits_and_asks(make):
         pipeline.counts()
     assert workers.closed
     assert journal.closed
+
+
+def test_nobody_waits_for_ever_when_closing_fails_as_well(make, monkeypatch):
+    pipeline, workers, journal, _ = make()
+    workers.script[Verb.SCORE, "0/p0"] = [None]
+
+    def unreachable():
+        raise ConnectionError("Ray is gone")
+
+    monkeypatch.setattr(workers, "close", unreachable)
+    monkeypatch.setattr("threading.excepthook", lambda arguments: None)
+    with pytest.raises(TypeError):
+        pipeline.take_batch(1)
+    with pytest.raises(TypeError):
+        pipeline.counts()
+    assert journal.closed
+
+
+def test_what_happened_is_in_the_journal_soon_though_nothing_else_happens(make):
+    pipeline, _, journal, _ = make()
+    pipeline.take_batch(1)
+    deadline = time.monotonic() + 10
+    while not any(str(transition.state) == "batched" for transition in journal.transitions):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_closing_ends_the_thread_and_asking_after_it_is_an_error(make):

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 import pytest
+import ray
+import torch
 from ray import cloudpickle, exceptions
 from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError, RayTaskError
 
@@ -35,6 +37,10 @@ class StubRollouts:
         self.version = -1
 
     async def ping(self):
+        if self.version == "hanging":
+            from actors.rollout_worker import RolloutError
+
+            raise RolloutError("the engine must take a turn")
         return os.getpid()
 
     async def update_weights(self, publication):
@@ -65,6 +71,8 @@ class StubRewards:
         return "ready"
 
     def score(self, rollouts):
+        if rollouts["do"][0].as_py() == "away":
+            raise ConnectionError("reward component 'far', prompt 'p7': away")
         if rollouts["do"][0].as_py() == "unjudgeable":
             from reward.errors import RewardError
 
@@ -178,14 +186,19 @@ def test_what_a_worker_raises_is_a_failure_and_the_worker_goes_on(make_bench, ca
     ]
     table, numbers = bench.ask(rollout, Verb.GENERATE, Work("unjudgeable"))
     asked.append(bench.ask(reward, Verb.SCORE, (table, numbers)))
+    asked.append(bench.ask(reward, Verb.SCORE, bench.ask(rollout, Verb.GENERATE, Work("away"))))
     judge = "reward component 'length', prompt 'p7'"
     assert asked == [
         Failure(kind=FailureKind.INFRA, text="RolloutError: version 3 could not be fetched"),
         Failure(kind=FailureKind.INFRA, text="RolloutError: generation failed on two lines"),
         Failure(kind=FailureKind.DATA, text="ValueError: a prompt must fit"),
         Failure(kind=FailureKind.DATA, text=f"RewardError: {judge}: a score must be finite, got nan"),
+        Failure(kind=FailureKind.INFRA, text="ConnectionError: reward component 'far', prompt 'p7': away"),
     ]
     assert isinstance(bench.ask(rollout, Verb.PING), int)
+    assert bench.ask(rollout, Verb.LOAD, "hanging") == 0.5
+    hanging = Failure(kind=FailureKind.INFRA, text="RolloutError: the engine must take a turn")
+    assert bench.ask(rollout, Verb.PING) == hanging
     logging.getLogger("ray").removeHandler(caplog.handler)
     assert "Unhandled error" not in caplog.text  # the dispatcher says what failed, Ray need not
 
@@ -263,6 +276,65 @@ def test_two_runs_of_one_name_share_a_cluster_and_closing_one_leaves_the_other(m
     assert second.ask(WorkerId(role=Role.ROLLOUT, slot=0, life=0), Verb.PING) == pids[1]
 
 
+def away(*arguments, **options):
+    raise exceptions.RpcError("the control store does not answer")
+
+
+REFUSED = Failure(kind=FailureKind.DIED, text="Ray refused: RpcError: the control store does not answer")
+
+
+def test_what_ray_refuses_to_start_or_call_is_answered_as_gone(make_bench, monkeypatch):
+    bench = make_bench()
+    with monkeypatch.context() as patch:
+        patch.setattr("ray.actor.ActorClass._remote", away)
+        worker = bench.start()
+        assert bench.ask(worker, Verb.READY) == REFUSED
+        bench.workers.kill(worker)
+    worker = bench.start(life=1)
+    pid = bench.ask(worker, Verb.READY)
+    with monkeypatch.context() as patch:
+        patch.setattr("ray.actor.ActorMethod._remote", away)
+        assert bench.ask(worker, Verb.PING) == REFUSED
+        assert bench.ask(worker, Verb.GENERATE, Work("well")) == REFUSED
+    assert bench.ask(worker, Verb.PING) == pid
+
+
+def test_closing_goes_on_after_a_kill_that_ray_refuses(make_bench, monkeypatch, caplog):
+    bench = make_bench()
+    pids = [bench.ask(bench.start(life=life), Verb.READY) for life in range(2)]
+    kill, killed = ray.kill, []
+
+    def refuse_first(actor):
+        killed.append(actor)
+        return away() if len(killed) == 1 else kill(actor)
+
+    monkeypatch.setattr(ray, "kill", refuse_first)
+    bench.workers.close()
+    assert len(killed) == 2
+    assert "rollout-0.0 could not be killed: RpcError: the control store" in caplog.text
+    killed.clear()
+    # the first one ends after its last handle
+    assert seconds_until(lambda: not any(map(is_running, pids))) < 8
+
+
+def test_without_ray_nothing_is_started_and_nothing_raises(make_bench, monkeypatch):
+    bench = make_bench()
+    worker = bench.start()
+    bench.ask(worker, Verb.READY)
+    with monkeypatch.context() as patch:
+        patch.setattr(ray, "is_initialized", lambda: False)
+        gone = Failure(kind=FailureKind.DIED, text="Ray refused: ConnectionError: Ray is shut down")
+        assert bench.ask(worker, Verb.PING) == gone
+        assert bench.ask(bench.start(life=1), Verb.READY) == gone
+
+
+def test_a_worker_class_is_wrapped_once_for_all_lives(make_bench, monkeypatch):
+    bench = make_bench()
+    monkeypatch.setattr(ray, "remote", away)
+    first, second = (bench.ask(bench.start(life=life), Verb.READY) for life in range(2))
+    assert first != second
+
+
 def raised(cause):
     """Return what Ray hands out for an exception inside a worker."""
     return RayTaskError("generate", f"Traceback ...\n{cause!r}", cause).as_instanceof_cause()
@@ -290,6 +362,8 @@ OWNER_DIED = exceptions.OwnerDiedError("00" * 28, None, "")
         (FailureKind.INFRA, raised(RolloutError("x"))),
         (FailureKind.INFRA, raised(TimeoutError("x"))),
         (FailureKind.INFRA, raised(ConnectionResetError("x"))),
+        (FailureKind.INFRA, raised(MemoryError("x"))),
+        (FailureKind.INFRA, raised(torch.OutOfMemoryError("x"))),
         (FailureKind.INFRA, raised(exceptions.ObjectStoreFullError("full"))),
         (FailureKind.INFRA, raised(OWNER_DIED)),  # whoever owned it, this worker lives
         (FailureKind.INFRA, raised(ActorDiedError())),  # e.g. a judge's own helper

@@ -3,12 +3,15 @@
 import os
 import pickle
 import signal
+import subprocess
+import sys
 import time
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
-from cluster.placement import Processes
+from cluster.placement import PlacementError, Processes, check_gpus
 from cluster.ranks import GangError, GangPlace, Ranks
 
 
@@ -131,3 +134,54 @@ def test_a_place_that_is_gone_is_made_again(place):
         assert len(gather(ranks, "pid")) == 2
     finally:
         ranks.close()
+
+
+def sizes(*, rollout=(1, 0.0), reward=(1, 0.0), learner=(1, 0)):
+    """Return the settings that placing reads; each pair is (processes, GPUs of each)."""
+    return SimpleNamespace(
+        rollouts=SimpleNamespace(num_workers=rollout[0]),
+        reward=SimpleNamespace(num_workers=reward[0]),
+        learner=SimpleNamespace(num_ranks=learner[0]),
+        placement=SimpleNamespace(
+            address=None, rollout_gpus=rollout[1], reward_gpus=reward[1], learner_gpus=learner[1]
+        ),
+    )
+
+
+def test_gpus_that_all_processes_want_together_must_be_there():
+    check_gpus(sizes(), 0.0)
+    check_gpus(sizes(rollout=(2, 1.0), reward=(4, 0.25), learner=(1, 1)), 4.0)
+    check_gpus(sizes(rollout=(3, 0.1), reward=(1, 0.7)), 1.0)  # 1.0000000000000002 in binary
+    with pytest.raises(PlacementError) as caught:
+        check_gpus(sizes(rollout=(2, 1.0), reward=(4, 0.25), learner=(2, 1)), 4.0)
+    message = "at most the 4 available, got 5 wanted (placement.rollout_gpus 1 x 2, placement.reward_gpus 0.25 x 4, "
+    assert f"{message}placement.learner_gpus 1 x 2); lower them" in str(caught.value)
+
+
+JOINING = """
+import sys
+from cluster.placement import PlacementError, join_cluster
+from tests.test_cluster_ranks import sizes
+try:
+    print(join_cluster(sizes(learner=(1, 1))))
+except PlacementError as error:
+    print(error)
+"""
+
+
+def join(**variables):
+    """Join as a process of its own that wants a GPU; return what it said and the seconds it took."""
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    environment |= {"CUDA_VISIBLE_DEVICES": "", **variables}
+    started = time.monotonic()
+    result = subprocess.run(
+        [sys.executable, "-c", JOINING], env=environment, capture_output=True, text=True, timeout=120, check=True
+    )
+    return result.stdout, time.monotonic() - started
+
+
+def test_a_local_cluster_without_gpus_refuses_at_once_and_one_that_was_joined_may_grow(ray_cluster):
+    said, seconds = join()
+    assert "GPUs of all processes must be at most the 0 available, got 1 wanted (placement.learner_gpus 1 x 1)" in said
+    assert seconds < 60
+    assert join(RAY_ADDRESS=ray_cluster.get_runtime_context().gcs_address)[0] == "(2, 2)\n"

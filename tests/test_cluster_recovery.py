@@ -95,15 +95,8 @@ def test_only_the_steps_since_the_checkpoint_are_learnt_again(undisturbed, tmp_p
 def test_weights_of_two_lineages_never_share_a_name(tmp_path):
     """The fake gang refuses two policies under one name; here is that a restart raises the incarnation."""
     found = train(tmp_path, Script(deaths={"step:2:after": 1, "step:5:before": 1}))
-    assert [(p.incarnation, p.version) for p in found.published] == [
-        (0, 0),
-        (0, 1),
-        (1, 2),
-        (1, 3),
-        (1, 4),
-        (2, 5),
-        (2, 6),
-    ]
+    names = [(publication.incarnation, publication.version) for publication in found.published]
+    assert names == [(0, 0), (0, 1), (1, 2), (1, 3), (1, 4), (2, 5), (2, 6)]
 
 
 def test_a_continued_run_has_a_new_incarnation_and_the_same_end(undisturbed, tmp_path):
@@ -397,3 +390,11 @@ def test_a_planted_bug_in_the_incarnation_shows(tmp_path):
     publish_twice(tmp_path / "right")
     with pytest.raises(AssertionError, match="one name, two policies"):
         publish_twice(tmp_path / "wrong", has_bug=True)
+
+
+def test_a_mistake_in_a_replay_says_what_to_do(tmp_path):
+    mistake = GangError("learning step 3 failed: ValueError: too many tokens", ValueError("too many tokens"))
+    script = Script(deaths={"step:4:before": 1}, errors={"step:3:before": (2, mistake)})
+    with pytest.raises(ReplayError, match=r"step 3 must be .* too many tokens; use the code .* with the same command"):
+        train(tmp_path, script)
+    assert [gang.is_closed for gang in script.gangs] == [True, True], "not tried again"

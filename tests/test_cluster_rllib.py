@@ -7,7 +7,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from cluster.config import ConfigError, RunConfig, load
+from cluster.loop import train_step
 from cluster.rllib import RLHF, RLHFConfig
+from cluster.run import Stopped
+from tests.recovery_toys import calm_place
 
 ARCHITECTURE = {"model_type": "gpt2", "n_layer": 2, "n_head": 2, "n_embd": 32, "vocab_size": 6}
 
@@ -96,3 +99,33 @@ def test_a_restored_algorithm_continues(config, ray_cluster, tmp_path):
     assert (result["training_iteration"], result["policy_version"]) == (2, 2)
     assert math.isfinite(result["score_mean"])
     assert pq.read_table(tmp_path / "run" / "metrics.parquet")["step"].to_pylist() == [1, 2]
+
+
+def _on(run):
+    """An algorithm as after `setup`, without Ray."""
+    algorithm = RLHF.__new__(RLHF)
+    algorithm._run, algorithm._steps = run, run.steps()
+    return algorithm
+
+
+def test_cleaning_up_completes_the_checkpoint_under_way(tmp_path):
+    with calm_place(tmp_path) as (start, _):
+        algorithm = _on(run := start())
+        for _ in range(2):
+            train_step(run, next(algorithm._steps))
+        assert run.storage.newest_checkpoint() is None, "under way"
+        algorithm.cleanup()
+        algorithm.cleanup()
+        assert run.storage.newest_checkpoint()[0] == 2
+
+
+def test_a_stop_request_saves_the_last_step(tmp_path):
+    with calm_place(tmp_path) as (start, said):
+        algorithm = _on(run := start())
+        train_step(run, next(algorithm._steps))
+        run.stop.requested = True
+        with pytest.raises(Stopped):
+            algorithm.training_step()
+        assert run.storage.newest_checkpoint()[0] == 1
+        algorithm.cleanup()
+    assert sum("stopped after step 1; the same command continues the run" in line for line in said) == 1

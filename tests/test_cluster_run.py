@@ -1,7 +1,9 @@
 """The spine, everything real: Ray actors, DeepSpeed, publish, evaluation, checkpoints; only the model is tiny."""
 
+import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,9 +18,12 @@ from transformers import AutoModelForCausalLM
 from actors.schema import check
 from cluster.config import ConfigError, RunConfig, to_yaml, validate
 from cluster.loop import train, train_step
+from cluster.pool import WorkerError
 from cluster.run import Run
-from cluster.storage import RunStorage
+from cluster.session import Session
+from cluster.storage import RunStorage, StorageError
 from reward.schema import SCORED
+from tests.recovery_toys import calm_place
 
 NUM_STEPS = 4
 ROLLOUTS = {"prompts_per_step": 4, "samples_per_prompt": 4, "max_new_tokens": 8, "max_rows": 8}
@@ -199,4 +204,145 @@ def test_interrupt_saves_the_last_step_and_leaves_no_process(data, tmp_path, req
     assert last >= 2
     assert RunStorage(str(directory)).newest_checkpoint()[0] == last, "resuming does nothing again"
     assert f"stopped after step {last}" in output
-    assert f"groups: {4 * last} accepted = {4 * last} trained + 0 dropped + 0 quarantined + 0 in flight" in output
+    (line,) = [line for line in output.splitlines() if line.startswith("groups after")]
+    ended = rf"{4 * last} trained \+ 0 dropped \+ 0 quarantined"
+    found = re.fullmatch(rf"groups after step {last}: (\d+) accepted = {ended} \+ (\d) in flight", line)
+    assert found is not None, line
+    assert int(found[1]) == 4 * last + int(found[2])
+
+
+# The real `Run` on simulated processes, without Ray.
+
+
+def _newest(run):
+    return run.storage.newest_checkpoint()[0]
+
+
+def _raise(error):
+    def fail(*arguments, **options):
+        raise error
+
+    return fail
+
+
+FULL = OSError(errno.ENOSPC, "no space left on device")
+
+
+def test_a_step_that_is_learnt_and_not_recorded_is_not_saved(tmp_path):
+    with calm_place(tmp_path) as (start, said):
+        with start() as run:
+            steps = run.steps()
+            for _ in range(2):
+                train_step(run, next(steps))
+            run.learn(run.take_batch(next(steps)))
+            run.save()
+            with pytest.raises(AssertionError, match="must be recorded before it is saved"):
+                run._begin_checkpoint()
+            assert _newest(run) == 2
+        assert any("step 3 is not finished and not saved; the same command learns it again" in line for line in said)
+        with start() as run:
+            assert run.step == 2
+            train(run)
+            assert run.pipeline.counts()["trained"] == 12
+
+
+def test_the_last_checkpoint_is_whole_before_the_policy_is_exported(tmp_path):
+    seen = []
+    with calm_place(tmp_path) as (start, _), start() as run:
+        run.learner.export = lambda directory: seen.append(_newest(run))
+        train(run)
+    assert seen == [4]
+    state = json.loads((tmp_path / "checkpoints" / "step-4" / "run.json").read_text())
+    assert set(state) == {"step", "model_dir", "pipeline"}
+
+
+def test_a_last_checkpoint_that_is_damaged_over_the_export_is_written_again(tmp_path):
+    with calm_place(tmp_path) as (start, _), start() as run:
+
+        def export_while_ranks_die(directory):
+            path = tmp_path / "checkpoints" / "step-4" / "learner-0.json"
+            path.write_text("{")
+            assert run.storage.newest_checkpoint() is None, "set aside"
+
+        run.learner.export = export_while_ranks_die
+        train(run)
+        assert _newest(run) == 4
+
+
+def test_a_directory_that_ranks_cannot_see_ends_the_run(tmp_path):
+    with calm_place(tmp_path) as (start, _), start() as run:
+        run.learner._write = _raise(StorageError("choose a run.dir on a file system that all nodes share"))
+        with pytest.raises(StorageError, match="all nodes share"):
+            train(run)
+        assert run.step == 2, "with its first checkpoint, not after the last step"
+
+
+@pytest.mark.parametrize("what", ["storage.keep_checkpoints", "recorder.compact"])
+def test_tidying_up_after_a_checkpoint_costs_no_checkpoint_and_no_run(tmp_path, what):
+    owner, name = what.split(".")
+    with calm_place(tmp_path) as (start, said), start() as run:
+        setattr(getattr(run, owner), name, _raise(FULL))
+        train(run)
+        assert (_newest(run), run._num_failed_checkpoints) == (4, 0)
+    assert not any("could not be written" in line for line in said)
+    assert (
+        sum("is whole, but older ones or metrics.parquet are not tidied up: [Errno 28]" in line for line in said) == 2
+    )
+
+
+def test_the_last_line_counts_groups_in_flight_and_names_its_step(tmp_path):
+    with calm_place(tmp_path) as (start, said), start() as run:
+        steps = run.steps()
+        train_step(run, next(steps))
+        run.take_batch(next(steps))
+    counts = "6 accepted = 3 trained + 0 dropped + 0 quarantined + 3 in flight"
+    assert said[-1].endswith(f"groups after step 1: {counts}")
+    assert json.loads((tmp_path / "summary.json").read_text())["groups"]["in_flight"] == 3
+
+
+def test_records_that_cannot_be_closed_do_not_hide_what_ended_the_run(tmp_path):
+    def fail(run):
+        with run:
+            train_step(run, next(run.steps()))
+            run.recorder.close = _raise(FULL)
+            run.pipeline.counts = _raise(RuntimeError("the pipeline has ended"))
+            raise ZeroDivisionError
+
+    with calm_place(tmp_path) as (start, said), pytest.raises(ZeroDivisionError):
+        fail(start())
+    assert "could not be brought up to date: [Errno 28]" in said[-2]
+    assert "groups after step 1: 3 accepted = 3 trained" in said[-1]
+
+
+def test_without_a_whole_checkpoint_training_starts_again_and_evaluation_is_refused(tmp_path):
+    with calm_place(tmp_path) as (start, said):
+        with start() as run:
+            train(run)
+            undisturbed = [row["kl_coef"] for row in run.recorder.rows]
+        for path in tmp_path.glob("checkpoints/step-*/run.json"):
+            path.write_text("{")
+        with pytest.raises(StorageError, match="must hold a whole checkpoint, and all it has are damaged"):
+            Session(run.config, display=run.display)
+        with start() as run:
+            assert run.step == 0
+            train(run)
+            assert [row["kl_coef"] for row in run.recorder.rows] == undisturbed
+    line = "no whole checkpoint is left; the run starts again and learns the steps in rollouts/ again"
+    assert sum(line in text for text in said) == 1
+
+
+def test_rows_that_are_lost_before_they_are_on_disk_are_generated_again(tmp_path):
+    with calm_place(tmp_path) as (start, _):
+        with start() as run:
+            run.tables = _raise(WorkerError("reading a batch failed: its node is gone"))
+            with pytest.raises(WorkerError, match=r"the rows of step 1 .* node is gone; continue the run"):
+                train(run)
+        with start() as run:
+            train(run)
+            assert run.pipeline.counts()["trained"] == 12
+
+
+def test_transitions_that_the_history_loses_are_a_metric(tmp_path):
+    with calm_place(tmp_path) as (start, _), start() as run:
+        run._store.num_lost = 7
+        assert train_step(run, next(run.steps()))["faults_num_lost_ledger_transitions"] == 7

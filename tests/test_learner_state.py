@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import shutil
 import threading
 from typing import Any
 
@@ -273,6 +274,44 @@ def test_an_export_is_what_was_learnt(tmp_path, model_type, lora):
         expected = learner._networks.module.policy(input_ids=ids).logits
         assert torch.allclose(exported(input_ids=ids).logits, expected, atol=1e-5)
         assert not torch.allclose(toy_model(model_type)(input_ids=ids).logits, expected, atol=1e-2)
+
+
+@pytest.mark.parametrize("former", ["none", "policy"])
+def test_an_export_that_fails_leaves_what_was_there_and_the_next_is_whole(toy, tmp_path, monkeypatch, former):
+    learner = learner_rank(toy, learner_config())
+    target = tmp_path / "run" / "export"
+    if former == "policy":
+        learner.export_policy(str(target))
+        (target / "of the former").write_text("x")
+    before = sorted(os.listdir(target)) if target.exists() else None
+    (tmp_path / "run").mkdir(exist_ok=True)
+
+    def half(source, copy):
+        with open(copy, "w") as file:
+            file.write("half")
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    (tmp_path / "toy").mkdir()
+    for name in os.listdir(toy):
+        shutil.copyfile(os.path.join(toy, name), tmp_path / "toy" / name)
+    (tmp_path / "toy" / "tokenizer.json").write_text("{}")
+    monkeypatch.setattr(learner, "_model_dir", str(tmp_path / "toy"))
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "copyfile", half)
+        with pytest.raises(OSError, match="no space left"):
+            learner.export_policy(str(target))
+    assert (sorted(os.listdir(target)) if target.exists() else None) == before
+    learner.export_policy(str(target))
+    assert os.listdir(tmp_path / "run") == ["export"], "no temporary names are left"
+    assert (target / "tokenizer.json").read_text() == "{}"
+    assert not (target / "of the former").exists(), "whole, not mixed"
+
+
+def test_an_export_replaces_nothing_but_a_policy(toy, tmp_path):
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(FileExistsError, match=r"must be empty or hold a policy's config\.json"):
+        learner_rank(toy, learner_config()).export_policy(str(tmp_path))
+    assert os.listdir(tmp_path) == ["thesis.tex"]
 
 
 def test_an_export_keeps_half_precision_and_ties(tmp_path):

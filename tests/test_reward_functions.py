@@ -6,6 +6,7 @@ import types
 
 import numpy as np
 import pytest
+import torch
 
 from reward.errors import RewardError
 from reward.functions import RewardFunction
@@ -87,6 +88,63 @@ def test_a_missing_column_and_a_failing_function_name_component_and_prompt():
         score(reward(fails))
     assert isinstance(c.value.__cause__, KeyError)
     assert str(pickle.loads(pickle.dumps(c.value))) == str(c.value), "Ray sends it to another process"
+
+
+def refused(prompts, completions, **columns):
+    import socket
+    import urllib.request
+
+    with socket.socket() as probe:  # bound, but nobody listens
+        probe.bind(("127.0.0.1", 0))
+        urllib.request.urlopen(f"http://127.0.0.1:{probe.getsockname()[1]}", timeout=5)
+
+
+def silent(prompts, completions, **columns):
+    import socket
+
+    with socket.socket() as judge, socket.socket() as client:
+        judge.bind(("127.0.0.1", 0))
+        judge.listen()
+        client.settimeout(0.05)
+        client.connect(judge.getsockname())
+        client.recv(1)
+
+
+def raising(error: BaseException) -> object:
+    def rule(prompts, completions, **columns):
+        raise error
+
+    return rule
+
+
+def wrapped(prompts, completions, **columns):
+    try:
+        raise ConnectionRefusedError("away")
+    except ConnectionError:
+        raise LookupError("as httpx does") from None
+
+
+@pytest.mark.parametrize(
+    ("kind", "cause", "function"),
+    [
+        (ConnectionError, "URLError", refused),  # a library's own kind over ConnectionRefusedError
+        (ConnectionError, "LookupError", wrapped),
+        (TimeoutError, "TimeoutError", silent),
+        (ConnectionError, "ConnectionResetError", raising(ConnectionResetError("by peer"))),
+        (MemoryError, "MemoryError", raising(MemoryError())),
+        (torch.OutOfMemoryError, "OutOfMemoryError", raising(torch.OutOfMemoryError("CUDA out of memory"))),
+        (RewardError, "OSError", raising(OSError("no such file"))),
+        (RewardError, "KeyError", raising(KeyError("column"))),
+    ],
+)
+def test_an_outage_crosses_as_such_and_anything_else_as_the_functions_fault(kind, cause, function):
+    with pytest.raises(kind) as caught:
+        score(reward(function))
+    copy = pickle.loads(pickle.dumps(caught.value))
+    assert type(copy) is kind
+    assert str(copy) == str(caught.value)
+    assert "reward component 'rule', prompt 'p1': " in str(copy)
+    assert f"got {cause}: " in str(copy)
 
 
 def test_import_path_must_exist():

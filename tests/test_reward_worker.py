@@ -175,6 +175,16 @@ def test_a_response_that_no_component_judges_is_an_error():
         worker({"rare": {"function": "worker_rules:only_three"}}).score(rollouts())
 
 
+def test_a_judge_that_is_away_is_no_fault_of_the_prompt(monkeypatch):
+    def away(prompts, completions, **columns):
+        raise ConnectionRefusedError(111, "Connection refused")
+
+    monkeypatch.setattr(sys.modules["worker_rules"], "away", away, raising=False)
+    judge = worker({"length": {"function": "worker_rules:length"}, "far": {"function": "worker_rules:away"}})
+    with pytest.raises(ConnectionError, match=r"component 'far', prompt 'p': .*Connection refused"):
+        judge.score(rollouts())
+
+
 def test_a_reward_model_that_returns_nan_is_an_error(reward_model, tmp_path):
     model = RewardModel.load(reward_model, device=torch.device("cpu"))
     model.gain.fill_(float("nan"))

@@ -1,0 +1,80 @@
+"""Groups on their way through the workers, the rounds they belong to, and the queues in which they wait."""
+
+import heapq
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from cluster.ledger import Ledger
+from cluster.messages import Lease
+
+
+@dataclass(slots=True, kw_only=True)
+class Round:
+    """Groups that are wanted together."""
+
+    finished: dict[str, Any] = field(default_factory=dict)
+    """Group -> what SCORE answered."""
+    leases: dict[str, int] = field(default_factory=dict)
+    """Finished group -> the lease that finished it."""
+    quarantined: dict[str, str] = field(default_factory=dict)
+    """Group -> reason."""
+    num_open: int = 0
+    first_lease_at: float | None = None
+    last_generated_at: float = 0.0
+    last_finished_at: float = 0.0
+
+    @property
+    def is_done(self) -> bool:
+        """Whether every group has ended one way or the other."""
+        return self.num_open == 0
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Group:
+    """One group until it ends."""
+
+    group_id: str
+    order: int
+    """When it was admitted: what was admitted earlier goes first, however often it is tried."""
+    work: Any
+    round: Round
+    ledger: Ledger
+    lease: Lease | None = None
+    rollouts: Any = None
+    num_retries: int = 0
+    data_failure: str = ""
+    """Its first failure that was its own."""
+
+
+class Queue:
+    """Groups that wait for a worker, first admitted first; after a failure a group may rest before it waits again."""
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[int, Group]] = []
+        self._resting: list[tuple[float, int, Group]] = []
+
+    def __len__(self) -> int:
+        """Return how many groups wait, without those that rest."""
+        return len(self._waiting)
+
+    def add(self, group: Group) -> None:
+        """Let a group wait."""
+        heapq.heappush(self._waiting, (group.order, group))
+
+    def rest(self, group: Group, until: float) -> None:
+        """Let a group wait from a time on."""
+        heapq.heappush(self._resting, (until, group.order, group))
+
+    def pop(self) -> Group:
+        """Return the group whose turn it is."""
+        return heapq.heappop(self._waiting)[1]
+
+    def wake(self, now: float) -> None:
+        """Let those wait whose rest is over."""
+        while self._resting and self._resting[0][0] <= now:
+            self.add(heapq.heappop(self._resting)[2])
+
+    def wakeups(self) -> Iterator[float]:
+        """Yield the time at which the next rest is over, if any group rests."""
+        return (until for until, _, _ in self._resting[:1])
