@@ -6,20 +6,13 @@ import pytest
 
 from cluster import claim as claim_module
 from cluster.claim import OPERATIONAL, _flat, claim, holder, learning_changes
-from cluster.config import ConfigError, RunConfig, validate
+from cluster.config import ConfigError
 from cluster.storage import RunStorage
+from tests.run_toys import minimal_config
 
 
 def _config(directory, **sections):
-    raw = {
-        "run": {"dir": str(directory), "num_steps": 2},
-        "policy": {"model": "owner/model"},
-        "prompts": {"path": "prompts.jsonl"},
-        "reward": {"components": {"length": {"function": "rules:length"}}},
-    }
-    for name, section in sections.items():
-        raw[name] = raw.get(name, {}) | section
-    return validate(RunConfig, raw, where="test")
+    return minimal_config(**{"run": {"dir": str(directory)}} | sections)
 
 
 def test_a_directory_belongs_to_one_process_at_a_time(tmp_path):

@@ -10,10 +10,7 @@ import time
 
 import pyarrow.parquet as pq
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
-from cluster.config import RunConfig, validate
 from cluster.fleet import FleetError
 from cluster.gang import LearnerGang
 from cluster.loop import train, train_step
@@ -21,34 +18,23 @@ from cluster.pool import RayWorkers
 from cluster.recovery import NonFiniteRunError
 from cluster.run import Run, Stopped
 from cluster.storage import RunStorage
+from tests.run_toys import are_equal, merged, tiny_config
 
 NUM_STEPS = 4
 TIMEOUT_S = 20.0
 
 
 def _config(directory, data, **sections):
-    raw = {
-        "run": {"dir": str(directory), "num_steps": NUM_STEPS, "checkpoint_every": 2},
-        "policy": {
-            "model": {
-                "architecture": {"model_type": "gpt2", "n_layer": 2, "n_head": 2, "n_embd": 32, "vocab_size": 6},
-                "tokenizer": {"characters": "abcd"},
-            }
-        },
-        "prompts": {"path": str(data / "prompts.jsonl")},
-        "rollouts": {
-            "prompts_per_step": 4, "samples_per_prompt": 2, "max_new_tokens": 8, "max_rows": 4, "num_workers": 2
-        },
+    disturbed = {
+        "rollouts": {"samples_per_prompt": 2, "max_rows": 4, "num_workers": 2},
         "reward": {"components": {"share": {"function": "tests.rules:share_of_a", "normalize": "running"}}},
-        "learner": {"optimizer": {"learning_rate": 3e-3}, "num_minibatches": 2, "num_ranks": 2, "zero_stage": 2},
+        "learner": {"num_ranks": 2, "zero_stage": 2, "epochs": 1},
         "algorithm": {"kl": {"controller": "adaptive", "coef": 0.01, "target": 0.1, "horizon": 1000}},
         "pipeline": {"timeout_s": 120.0},
         "evaluation": {"prompts": {"path": str(data / "prompts.jsonl")}, "every": 2, "num_prompts": 2},
         "placement": {"rollout_threads": 1, "reward_threads": 1, "learner_threads": 1},
-    }  # fmt: skip
-    for name, section in sections.items():
-        raw[name] = raw.get(name, {}) | section
-    return validate(RunConfig, raw, where="test")
+    }
+    return tiny_config(directory, data, **merged(disturbed, sections))
 
 
 @pytest.fixture(scope="module")
@@ -81,24 +67,9 @@ def plant(monkeypatch, tmp_path):
     return plant
 
 
-def _metrics(directory):
-    rows = pq.read_table(directory / "metrics.parquet").to_pylist()
-    return [
-        {name: value for name, value in row.items() if not (name.endswith("_s") or name.startswith("faults_"))}
-        for row in rows
-    ]
-
-
 def _faults(directory):
     row = pq.read_table(directory / "metrics.parquet").to_pylist()[-1]
     return {name.removeprefix("faults_"): value for name, value in row.items() if name.startswith("faults_")}
-
-
-def _assert_equal(directory, expected):
-    assert _metrics(directory) == _metrics(expected)
-    weights = AutoModelForCausalLM.from_pretrained(expected / "policy").state_dict()
-    for name, tensor in AutoModelForCausalLM.from_pretrained(directory / "policy").state_dict().items():
-        assert torch.equal(tensor, weights[name]), name
 
 
 def test_the_undisturbed_run_meets_no_fault(undisturbed):
@@ -111,7 +82,7 @@ def test_three_deaths_in_one_run_change_nothing(undisturbed, data, tmp_path, pla
     with Run(_config(directory, data)) as run:
         train(run)
     assert num_fired() == 3
-    _assert_equal(directory, undisturbed)
+    assert are_equal(directory, undisturbed)
     faults = _faults(directory)
     assert faults["num_restarts"] == 2
     assert faults["num_learner_restarts"] == 1
@@ -140,7 +111,7 @@ def test_one_death_changes_nothing(undisturbed, data, tmp_path, plant, fault):
     with Run(_config(directory, data)) as run:
         train(run)
     assert num_fired() == 1
-    _assert_equal(directory, undisturbed)
+    assert are_equal(directory, undisturbed)
     assert sum(_faults(directory).values()) > 0, "it was counted"
 
 
@@ -164,7 +135,7 @@ def test_a_frozen_process_is_found_within_twice_its_deadline(
     with Run(_config(directory, data, pipeline=pipeline)) as run:
         train(run)
     assert num_fired() == 1
-    _assert_equal(directory, undisturbed)
+    assert are_equal(directory, undisturbed)
     (marker,) = (tmp_path / "fired").iterdir()
     found_s = ended[0] - marker.stat().st_mtime
     print(f"frozen process ended after {found_s:.1f} s; deadline {deadline_s:g} s")
@@ -175,8 +146,8 @@ def test_a_frozen_process_is_found_within_twice_its_deadline(
 def test_an_empty_fleet_ends_the_run_soon_and_leaves_the_checkpoint(ray_cluster, data, tmp_path, plant):
     num_fired = plant("rollout.generate@8=kill", "rollout.generate@8=kill")
     directory = tmp_path / "run"
-    settings = {"dir": str(directory), "num_steps": 50, "checkpoint_every": 1}
-    config = _config(directory, data, pipeline={"timeout_s": 120.0, "max_restarts": 0}, run=settings)
+    settings = {"num_steps": 50, "checkpoint_every": 1}
+    config = _config(directory, data, pipeline={"max_restarts": 0}, run=settings)
     began = []
 
     def train_until_the_fleet_is_empty():
@@ -205,9 +176,7 @@ def test_stopped_after_every_step_and_resumed_equals_the_straight_run(ray_cluste
     """Every second stop is a tidy one that saves, every other a crash whose steps come back from the redo log."""
 
     def config(name):
-        learner = {"num_ranks": 2, "zero_stage": zero_stage, "optimizer": {"learning_rate": 3e-3}, "num_minibatches": 2}
-        run = {"dir": str(tmp_path / name), "num_steps": 6, "checkpoint_every": 2}
-        return _config(tmp_path / name, data, learner=learner, run=run)
+        return _config(tmp_path / name, data, learner={"zero_stage": zero_stage}, run={"num_steps": 6})
 
     with Run(config("straight")) as run:
         train(run)
@@ -225,7 +194,7 @@ def test_stopped_after_every_step_and_resumed_equals_the_straight_run(ray_cluste
             assert last % 2 == 0
     with Run(config("stopped")) as run:
         train(run)
-    _assert_equal(tmp_path / "stopped", tmp_path / "straight")
+    assert are_equal(tmp_path / "stopped", tmp_path / "straight")
 
 
 @pytest.mark.slow

@@ -12,11 +12,9 @@ import time
 import psutil
 import pyarrow.parquet as pq
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
 from actors.schema import check
-from cluster.config import ConfigError, RunConfig, to_yaml, validate
+from cluster.config import ConfigError, to_yaml
 from cluster.loop import train, train_step
 from cluster.pool import WorkerError
 from cluster.run import Run
@@ -24,30 +22,14 @@ from cluster.session import Session
 from cluster.storage import RunStorage, StorageError
 from reward.schema import SCORED
 from tests.recovery_toys import calm_place
+from tests.run_toys import are_equal, metrics_of, tiny_config
 
 NUM_STEPS = 4
-ROLLOUTS = {"prompts_per_step": 4, "samples_per_prompt": 4, "max_new_tokens": 8, "max_rows": 8}
 
 
 def _config(directory, data, **sections):
-    raw = {
-        "run": {"dir": str(directory), "num_steps": NUM_STEPS, "checkpoint_every": 2},
-        "policy": {
-            "model": {
-                "architecture": {"model_type": "gpt2", "n_layer": 2, "n_head": 2, "n_embd": 32, "vocab_size": 6},
-                "tokenizer": {"characters": "abcd"},
-            }
-        },
-        "prompts": {"path": str(data / "prompts.jsonl")},
-        "rollouts": ROLLOUTS,
-        "reward": {"components": {"share": {"function": "tests.rules:share_of_a"}}},
-        "learner": {"optimizer": {"learning_rate": 3e-3}, "num_minibatches": 2, "epochs": 2},
-        "algorithm": {"kl": {"coef": 0.01}},
-        "evaluation": {"prompts": {"path": str(data / "held_out.jsonl")}, "every": 2, "num_prompts": 4},
-    }
-    for name, section in sections.items():
-        raw[name] = raw.get(name, {}) | section
-    return validate(RunConfig, raw, where="test")
+    held_out = {"prompts": {"path": str(data / "held_out.jsonl")}, "every": 2, "num_prompts": 4}
+    return tiny_config(directory, data, **{"evaluation": held_out} | sections)
 
 
 @pytest.fixture(scope="module")
@@ -66,26 +48,6 @@ def straight(ray_cluster, data, tmp_path_factory):
     with Run(_config(directory, data)) as run:
         train(run)
     return directory
-
-
-def _metrics(directory):
-    rows = pq.read_table(directory / "metrics.parquet").to_pylist()
-    return [{name: value for name, value in row.items() if not _hangs_on_luck(name)} for row in rows]
-
-
-def _hangs_on_luck(name):
-    return name.endswith("_s") or name.startswith("faults_")
-
-
-def _equals(directory, expected):
-    """Whether a run ended with the same metrics and the same weights as another, to the bit."""
-    weights, others = _weights(directory), _weights(expected)
-    same = [torch.equal(tensor, others[name]) for name, tensor in weights.items()]
-    return _metrics(directory) == _metrics(expected) and len(same) == len(others) and all(same)
-
-
-def _weights(directory):
-    return AutoModelForCausalLM.from_pretrained(directory / "policy").state_dict()
 
 
 def test_metrics_have_a_row_a_step(straight):
@@ -131,13 +93,13 @@ def test_stopped_and_continued_equals_uninterrupted_to_the_bit(straight, ray_clu
             train_step(run, step)
             if step == 3:  # after the checkpoint of step 2: step 3 is learnt again
                 break
-    assert _metrics(directory)[-1]["step"] == 3
+    assert metrics_of(directory)[-1]["step"] == 3
     rollouts = (directory / "rollouts" / "step-3.parquet").read_bytes()
     with Run(_config(directory, data)) as run:
         assert run.step == 2
         assert run.learner.incarnation == 1, "weights published from now on have names of their own"
         train(run)
-    assert _equals(directory, straight)
+    assert are_equal(directory, straight)
     assert (directory / "rollouts" / "step-3.parquet").read_bytes() == rollouts, "it was not generated again"
     assert json.loads((directory / "summary.json").read_text())["groups"]["trained"] == 16
 
@@ -151,13 +113,13 @@ def test_two_ranks_learn_the_same(straight, ray_cluster, data):
     config = _config(straight.parent / "two", data, learner={"num_ranks": 2}, evaluation={"prompts": None})
     with Run(config) as run:
         metrics = train_step(run, next(run.steps()))
-    expected = _metrics(straight)[1]
+    expected = metrics_of(straight)[1]
     assert metrics["score_mean"] == expected["score_mean"]
     assert metrics["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
 
 
 def test_a_run_that_loses_a_rollout_worker_and_its_learner_equals_an_undisturbed_one(straight, ray_cluster, data):
-    config = _config(straight.parent / "disturbed", data, rollouts={**ROLLOUTS, "num_workers": 2})
+    config = _config(straight.parent / "disturbed", data, rollouts={"num_workers": 2})
     with Run(config) as run:
         run.evaluate_start()
         for step in run.steps():
@@ -169,7 +131,7 @@ def test_a_run_that_loses_a_rollout_worker_and_its_learner_equals_an_undisturbed
             train_step(run, step)
         run.finish()
         assert run.learner.num_replayed == 1
-    assert _equals(straight.parent / "disturbed", straight)
+    assert are_equal(straight.parent / "disturbed", straight)
     last = pq.read_table(straight.parent / "disturbed" / "metrics.parquet").to_pylist()[-1]
     assert last["faults_num_restarts"] == 1
     assert (last["faults_num_learner_restarts"], last["faults_num_replayed_steps"]) == (1, 1)
