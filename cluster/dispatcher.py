@@ -184,6 +184,7 @@ class Dispatcher:
             fleet.up(member, now)
         elif call.verb is Verb.LOAD:
             member.weights, member.loading = member.loading, None
+            member.num_sick = 0
         if group is None:
             return
         member.num_groups -= 1
@@ -241,13 +242,15 @@ class Dispatcher:
             self._lose(member.worker, f"it failed {member.num_sick} times in a row, the last time: {cause}", now)
 
     def _judge_loads(self, now: float) -> None:
-        """Where another has loaded it, who could not tries again, or is sick; what nobody can load is lost."""
+        """What nobody has loaded and nobody can load is lost; where another has it, who failed twice in a row is sick.
+
+        Once is no proof: the learner that published may have died since.  The worker waits for the next publication.
+        """
         fleet = self.fleets[Role.ROLLOUT]
         failed = [member for member in fleet.members if member.load_failure]
         if any(member.weights == self._target for member in fleet.members if member.state is MemberState.UP):
             for member in failed:
                 self._lose_if_sick(member, member.load_failure, now)
-                member.load_failure = ""
         elif failed and not any(member.loading == self._target for member in fleet.members):
             self.weights_lost = f"{failed[0].worker}: {failed[0].load_failure}"
 
