@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types
+.PHONY: help demo test faults lint format types
 
 help:  ## Show these targets
 	@grep -E '^[a-z.]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 10
@@ -16,6 +16,11 @@ demo: $(STAMP)  ## Train SmolLM2 from human ratings, end to end; about 15 minute
 
 test: $(STAMP)  ## Run the tests that need neither a GPU nor patience
 	@$(BIN)/python -m pytest -q $(TESTS)
+
+faults: $(STAMP)  ## Kill, freeze and starve the processes of real runs, and simulate thousands more; about 20 minutes
+	@$(BIN)/python -m pytest -q -m "slow or not slow" tests/test_cluster_faults.py tests/test_cluster_ranks.py
+	@$(BIN)/python -m benchmarks.simulate --schedules 2000 --jobs 2
+	@$(BIN)/python -m benchmarks.simulate --planted --schedules 200
 
 lint: $(STAMP)  ## Check style and formatting
 	@$(BIN)/ruff check .

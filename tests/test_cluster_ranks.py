@@ -105,6 +105,7 @@ def test_the_death_of_a_process_explains_what_its_peer_reported(ranks):
     assert caught.value.cause is None
 
 
+@pytest.mark.slow
 def test_a_stopped_rank_is_ended_and_another_gang_takes_its_place(ranks, place):
     pids = gather(ranks, "pid")
     with pytest.raises(GangError, match="did not on rank 1"):
@@ -180,6 +181,7 @@ def join(**variables):
     return result.stdout, time.monotonic() - started
 
 
+@pytest.mark.slow
 def test_a_local_cluster_without_gpus_refuses_at_once_and_one_that_was_joined_may_grow(ray_cluster):
     said, seconds = join()
     assert "GPUs of all processes must be at most the 0 available, got 1 wanted (placement.learner_gpus 1 x 1)" in said

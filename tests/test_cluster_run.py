@@ -109,6 +109,7 @@ def test_another_configuration_on_the_same_directory_is_refused(straight, data):
         Run(_config(straight, data, algorithm={"kl": {"coef": 0.5}}))
 
 
+@pytest.mark.slow
 def test_two_ranks_learn_the_same(straight, ray_cluster, data):
     config = _config(straight.parent / "two", data, learner={"num_ranks": 2}, evaluation={"prompts": None})
     with Run(config) as run:
@@ -118,6 +119,7 @@ def test_two_ranks_learn_the_same(straight, ray_cluster, data):
     assert metrics["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_run_that_loses_a_rollout_worker_and_its_learner_equals_an_undisturbed_one(straight, ray_cluster, data):
     config = _config(straight.parent / "disturbed", data, rollouts={"num_workers": 2})
     with Run(config) as run:
