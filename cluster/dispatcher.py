@@ -40,7 +40,7 @@ class Limits:
     timeout_s: float
     """Longest wait for one call, seconds."""
     heartbeat_s: float
-    """A rollout worker that generates must answer a ping within this time, seconds."""
+    """A rollout worker that generates is asked after half of this time, and must answer within it, seconds."""
     max_retries: int
     """Failures of the machinery one group may meet."""
     max_quarantined: int
@@ -170,7 +170,7 @@ class Dispatcher:
         yield from self._waiting.wakeups()
         for fleet in self.fleets.values():
             yield from fleet.wakeups()
-        yield from (member.heard_at + self._limits.heartbeat_s for member in self._silent())
+        yield from (self._ping_at(member) for member in self._silent())
 
     # What an answer changes.
 
@@ -330,7 +330,7 @@ class Dispatcher:
             group = self._generated.pop()
             self._send(judge, Verb.SCORE, group, group.rollouts, now)
         for member in self._silent():
-            if member.heard_at + self._limits.heartbeat_s <= now:
+            if self._ping_at(member) <= now:
                 self._call(member.worker, Verb.PING, None, now, timeout_s=self._limits.heartbeat_s)
 
     def _load_and_generate(self, target: Weights, now: float) -> None:
@@ -372,6 +372,9 @@ class Dispatcher:
         deadline = now + (self._limits.timeout_s if timeout_s is None else timeout_s)
         self._calls[call.call_id] = _Pending(call=call, group=group, deadline=deadline)
         self._commands.append(call)
+
+    def _ping_at(self, member: Member) -> float:
+        return member.heard_at + self._limits.heartbeat_s / 2
 
     def _silent(self) -> list[Member]:
         """Return the rollout workers that generate and have no ping in flight."""

@@ -278,7 +278,7 @@ class Run(Session):
 
     def _journal(self) -> LedgerJournal:
         self._store = LedgerStore(self.storage.path(LEDGER_FILE), say=self.display.say)
-        self._store.rewind(max(self.storage.checkpoints(), default=0))  # where the session continues
+        self._store.rewind(self.step)
         return self._store
 
     def _incarnations(self) -> Iterator[int]:

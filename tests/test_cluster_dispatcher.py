@@ -171,17 +171,20 @@ def test_a_hung_worker_is_killed_at_the_deadline():
 
 
 def test_a_silent_worker_is_asked_and_killed():
-    limits = Limits(timeout_s=1000.0, heartbeat_s=5.0, max_retries=3, max_quarantined=1)
+    limits = Limits(timeout_s=1000.0, heartbeat_s=6.0, max_retries=3, max_quarantined=1)
     world = World(rollouts=1, limits=limits)
     world.begin("a")
-    world.tick(5.0)
+    assert world.dispatcher.next_wakeup() == 3.0
+    world.tick(3.0)
     (ping,) = world.calls(Verb.PING)
     world.answer(ping)
-    world.tick(9.9)
+    world.tick(5.9)
     assert not world.calls(Verb.PING)
-    world.tick(10.0)
+    world.tick(6.0)
     assert world.calls(Verb.PING)
-    world.tick(15.0)
+    world.tick(11.9)
+    assert world.killed == []
+    world.tick(12.0)
     assert world.killed == ["rollout-0.0"]
 
 
