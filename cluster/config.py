@@ -42,7 +42,8 @@ class PipelineConfig(Config):
     timeout_s: float = Field(default=1800.0, gt=0)
     """Longest wait for any one remote call, seconds; a process that is later is ended and replaced."""
     heartbeat_s: float = Field(default=60.0, gt=0)
-    """A rollout worker that generates is asked after half of this time, and must answer within it, seconds."""
+    """A rollout worker that generates is asked after half of this time and must answer within it, seconds; one decoding
+    step, and taking on new weights, must not take longer."""
     max_restarts: int = Field(default=3, ge=0)
     """Times that one worker, or the learner, is started again without a success in between."""
     max_retries: int = Field(default=5, ge=0)
