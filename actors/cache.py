@@ -5,7 +5,8 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -57,14 +58,41 @@ def replace_directory(directory: str, build: Callable[[str], None], *, marker: s
     directory = os.path.abspath(directory)
     if os.path.isdir(directory) and os.listdir(directory) and not os.path.isfile(os.path.join(directory, marker)):
         raise ValueError(f"the output must be a new directory or an earlier result, got {directory!r} without {marker}")
-    building = f"{directory}.building-{uuid.uuid4().hex[:8]}"
-    os.makedirs(building)
-    try:
+    with swapped_in(directory) as building:
         build(building)
-        if os.path.isdir(directory):
-            os.rename(directory, f"{building}-old")
-        os.rename(building, directory)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-        shutil.rmtree(f"{building}-old", ignore_errors=True)
     return directory
+
+
+@contextmanager
+def swapped_in(directory: str) -> Iterator[str]:
+    """Yield a new directory beside another, and put it, synced, in the other's place when the block succeeds.
+
+    Where it fails, the other one is as it was.  A crash leaves `<directory>.<process>-<number>.tmp`, which a run clears
+    away when it opens its directory.
+    """
+    temporary, former = (f"{directory}.{os.getpid()}-{number}.tmp" for number in range(2))
+    for leftover in (temporary, former):
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        os.makedirs(temporary)
+        yield temporary
+        for root, _, names in os.walk(temporary, topdown=False):
+            for name in (*names, "."):
+                _sync(os.path.join(root, name))
+        if os.path.isdir(directory):
+            os.rename(directory, former)
+        os.rename(temporary, directory)
+        _sync(os.path.dirname(directory))
+    finally:
+        if os.path.isdir(former) and not os.path.lexists(directory):
+            os.rename(former, directory)
+        for leftover in (temporary, former):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _sync(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -54,8 +54,12 @@ class Batch:
     """From the last finished generation to the last score: what judging adds to the step."""
     after: dict[str, Any] = field(default_factory=dict)
     """Plain data for the redo log: where the prompts stand after this batch, leases, quarantined groups."""
-    quarantined: dict[str, str] = field(default_factory=dict)
-    """Groups that failed through their own fault -> reason."""
+
+    @property
+    def quarantined(self) -> dict[str, str]:
+        """Return the groups that failed through their own fault, with the reasons."""
+        quarantined: dict[str, str] = self.after["quarantined"]
+        return quarantined
 
 
 def training_work(config: RunConfig, prompt: DrawnPrompt) -> Work:

@@ -1,4 +1,4 @@
-"""The ledger's history on disk: SQLite on the head's local disk, written by a run (`ledger_history.py` reads it).
+"""The ledger's history on disk: SQLite in the run directory, written by a run (`ledger_history.py` reads it).
 
     events      one row a transition, append only
     rewinds     which events a resume has rolled back: those in (after_event, last_event]
@@ -50,7 +50,7 @@ class LedgerStore(LedgerHistory):
         """Open or make the file.
 
         Args:
-            path: where it lies, on a local disk.
+            path: where it lies.
             say: told, in one line, what befell the file.
         """
         self._path = path

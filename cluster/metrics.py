@@ -17,6 +17,9 @@ LEADING = (
 )  # fmt: skip
 """First columns of metrics.parquet; the others follow by name."""
 
+FAULTS = "faults_"
+"""First part of the names of counters of what went wrong."""
+
 _JOURNAL = "metrics.jsonl"
 _TABLE = "metrics.parquet"
 

@@ -1,7 +1,7 @@
 """The pipeline's inside: prompts become leases, leases become judged groups, judged groups become batches.
 
 Owns the prompt order, the ledger and the dispatcher, and tells the workers what the dispatcher decides.  Everything
-happens in the one thread that calls `advance`; requests and answers arrive through `inbox`.
+happens in the one thread that calls `advance`; requests and answers arrive through one queue.
 """
 
 import queue
@@ -331,7 +331,6 @@ class PipelineCore:
                 "leases": round_.leases,
                 "quarantined": round_.quarantined,
             },
-            quarantined=round_.quarantined,
         )
 
 

@@ -98,8 +98,8 @@ class RayWorkers:
         """End a process, also one that is stopped; one that is gone already is no error.
 
         Its calls in flight answer at once.  A stopped process does not take the request, so Ray sends it SIGKILL 5 s
-        later, and only then are its CPUs and GPUs free for the next life.  Where Ray refuses, the
-        process ends after its handle, which is dropped here, at the latest with the run.
+        later, and only then are its CPUs and GPUs free for the next life.  Where Ray refuses, the process ends after
+        its handle, which is dropped here, at the latest with the run.
         """
         self._unstarted.pop(worker, None)
         actor = self._actors.pop(worker, None)

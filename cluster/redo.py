@@ -98,5 +98,4 @@ def _batch(step: int, rows: pa.Table, after: dict[str, Any]) -> Batch:
         tables=tuple(rows.slice(start, length) for start, length in zip(starts, lengths, strict=True)),
         samples=samples_of(rows),
         after=after,
-        quarantined=after["quarantined"],
     )

@@ -11,7 +11,7 @@ import pyarrow as pa
 from cluster.claim import claim
 from cluster.interrupt import StopRequest
 from cluster.ledger_store import LedgerStore
-from cluster.metrics import Recorder
+from cluster.metrics import FAULTS, Recorder
 from cluster.pipeline import Batch
 from cluster.pipeline_core import LedgerJournal, WeightsLostError
 from cluster.pool import WorkerError
@@ -119,7 +119,7 @@ class Run(Session):
             "publish_s": self.publish_s,
             "step_s": time.perf_counter() - self._step_started,
             **{f"groups_{name}": count for name, count in self._counts.items()},
-            **{f"faults_{name}": count for name, count in self._fault_counts().items()},
+            **{f"{FAULTS}{name}": count for name, count in self._fault_counts().items()},
         }
         if result.skipped is None:
             metrics["tokens_per_s"] = metrics["num_tokens"] / metrics["step_s"]

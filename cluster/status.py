@@ -18,13 +18,12 @@ import yaml
 from cluster.claim import holder
 from cluster.ledger import FINAL, GroupState
 from cluster.ledger_history import Event, InFlight, LedgerHistory, reading
-from cluster.metrics import read_journal
+from cluster.metrics import FAULTS, read_journal
 from cluster.storage import RunStorage, StorageError
 
 LEDGER_FILE = "ledger.sqlite"
 """The ledger's history in a run directory, see `ledger_store.py`."""
 
-_FAULTS = "faults_"
 _HEADLINES = ("score_mean", "eval_score_mean", "kl", "eval_kl", "response_length_mean", "tokens_per_s", "step_s")
 MAX_SHOWN = 10
 """Groups named in a list."""
@@ -119,7 +118,7 @@ def run_status(run_dir: str, *, now: float) -> RunStatus:
         ended=ledger.ended,
         reasons=ledger.reasons,
         num_malformed_rows=_summary(storage).get("num_quarantined_rows", 0),
-        faults={name.removeprefix(_FAULTS): value for name, value in last.items() if name.startswith(_FAULTS)},
+        faults={name.removeprefix(FAULTS): value for name, value in last.items() if name.startswith(FAULTS)},
         figures=_figures(rows),
         notes=ledger.notes,
     )

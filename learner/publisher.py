@@ -7,7 +7,6 @@ The value head is not part of the policy and never leaves; tied weights leave on
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +14,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
+from actors.cache import swapped_in
 from actors.weights import Bucket, Publication, WeightTransport, pack_bucket
 from learner.model import ADAPTER
 from learner.optimizer import OptimizerEngine
@@ -110,7 +110,12 @@ def export_policy(publisher: Publisher, directory: str, *, model_dir: str) -> No
     skeleton.load_state_dict(weights | persistent, strict=False, assign=True)
     skeleton.tie_weights()
     skeleton.generation_config = policy.generation_config
-    with _swapped_in(os.path.realpath(directory)) as temporary:
+    directory = os.path.realpath(directory)
+    if os.path.lexists(directory) and not _is_replaceable(directory):
+        raise FileExistsError(
+            f"{directory} must be empty or hold a policy's config.json to be replaced; choose another"
+        )
+    with swapped_in(directory) as temporary:
         try:
             skeleton.save_pretrained(temporary)
         except SafetensorError as error:
@@ -125,46 +130,8 @@ def _copy_companions(model_dir: str, directory: str) -> None:
             shutil.copyfile(source, target)
 
 
-@contextmanager
-def _swapped_in(directory: str) -> Iterator[str]:
-    """Yield a new directory beside a policy's, and put it, synced, in the policy's place when the block succeeds.
-
-    A crash leaves `<directory>.<process>-<number>.tmp`, which a run clears away when it opens its directory.
-    """
-    if os.path.lexists(directory) and not _is_replaceable(directory):
-        raise FileExistsError(
-            f"{directory} must be empty or hold a policy's config.json to be replaced; choose another"
-        )
-    temporary, former = (f"{directory}.{os.getpid()}-{number}.tmp" for number in range(2))
-    for leftover in (temporary, former):
-        shutil.rmtree(leftover, ignore_errors=True)
-    try:
-        os.makedirs(temporary)
-        yield temporary
-        for root, _, names in os.walk(temporary, topdown=False):
-            for name in (*names, "."):
-                _sync(os.path.join(root, name))
-        if os.path.isdir(directory):
-            os.rename(directory, former)
-        os.rename(temporary, directory)
-        _sync(os.path.dirname(directory))
-    finally:
-        if os.path.isdir(former) and not os.path.lexists(directory):
-            os.rename(former, directory)
-        for leftover in (temporary, former):
-            shutil.rmtree(leftover, ignore_errors=True)
-
-
 def _is_replaceable(directory: str) -> bool:
     return os.path.isdir(directory) and (not os.listdir(directory) or "config.json" in os.listdir(directory))
-
-
-def _sync(path: str) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _is_companion(name: str) -> bool:

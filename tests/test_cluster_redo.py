@@ -61,7 +61,6 @@ def batch(step, *, seed=0, reference=True):
         tables=tables,
         samples=pa.concat_tables([samples_of(table) for table in tables]),
         after=AFTER,
-        quarantined=AFTER["quarantined"],
     )
 
 
