@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,18 +44,33 @@ exp, cos and the like have other bits there.  Four rows of any width that is a m
 _STOP_MARGIN = 8
 """Tokens decoded before the longest possible stop string: a decoder may treat the first token of a text differently."""
 
-LogitsHook = Callable[[Tensor, Sequence[str]], Tensor]
-"""`hook(logits [B, V], request_ids) -> logits`, before every draw; recorded log-probs are those of its result."""
+LogitsHook = Callable[[Tensor, Tensor, Sequence[str]], Tensor]
+"""`hook(logits [B, V], hidden [B, H], request_ids) -> logits`, before every draw; `hidden` is what the output head made
+the logits of.  Recorded log-probs are those of the hook's result, divided by the temperature.  A row's result must have
+the same bits in any company if its sample shall."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Outputs:
+    """What the model says about some states."""
+
+    logits: Tensor
+    """[..., V]."""
+    hidden: Tensor
+    """[..., H], what the output head received for them."""
+
+    def __getitem__(self, index: Any) -> "_Outputs":
+        return _Outputs(self.logits[index], self.hidden[index])
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class _Group:
-    """A request being served; `prefilled` holds its prompt's keys, values and last logits until all samples started."""
+    """A request being served; `prefilled` holds its prompt's keys, values and last state until all samples started."""
 
     request: Request
     num_started: int = 0
     num_finished: int = 0
-    prefilled: tuple[Prefix, Tensor] | None = None
+    prefilled: tuple[Prefix, _Outputs] | None = None
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -99,6 +115,7 @@ class TorchEngine:
             raise ValueError(f"max_rows must be a multiple of {ROW_MULTIPLE}, got {max_rows}; round it up")
         install(model)
         self._model = model.eval()
+        self._received = _recorder(model)
         self._tokenizer = tokenizer
         self._eos_ids = eos_ids
         self._hook = logits_hook
@@ -228,7 +245,7 @@ class TorchEngine:
             start = time.perf_counter()
             group.prefilled = self._prefill(request.prompt_ids)
             self._stats.prefill_s += time.perf_counter() - start
-        prefix, logits = group.prefilled
+        prefix, last = group.prefilled
         first = len(self._rows)
         count = min(request.num_samples - group.num_started, self._cache.num_slots - first)
         self._cache.reserve(len(request.prompt_ids) + request.sampling.max_new_tokens)
@@ -239,19 +256,19 @@ class TorchEngine:
         if group.num_started == request.num_samples:
             self._queue.remove(group)
             group.prefilled = None
-        return self._draw(first, logits.expand(count, -1))
+        return self._draw(first, _Outputs(last.logits.expand(count, -1), last.hidden.expand(count, -1)))
 
-    def _prefill(self, tokens: Sequence[int]) -> tuple[Prefix, Tensor]:
-        """Run one sequence alone; return its keys and values, and the logits [1, V] after its last token."""
+    def _prefill(self, tokens: Sequence[int]) -> tuple[Prefix, _Outputs]:
+        """Run one sequence alone; return its keys and values, and the outputs [1, ...] after its last token."""
         ids = torch.zeros(1, round_up(len(tokens), WINDOW_MULTIPLE), dtype=torch.long)
         ids[0, : len(tokens)] = torch.as_tensor(tokens)
         # Padding may reach past the last position the model has an embedding for.
         positions = torch.arange(ids.shape[1]).clamp(max=self._max_positions - 1)
         prefix = Prefix(length=len(tokens))
         last = torch.full((ROW_MULTIPLE,), len(tokens) - 1, device=self._device)
-        logits = self._forward(ids, positions[None], keep=last, context=prefix)
+        outputs = self._forward(ids, positions[None], keep=last, context=prefix)
         self._stats.num_prefill_tokens += len(tokens)
-        return prefix, logits[0, :1]
+        return prefix, outputs[0, :1]
 
     def _decode(self) -> list[Completion]:
         """Feed every row's last token and draw its next one."""
@@ -263,14 +280,14 @@ class TorchEngine:
         window = round_up(int(feed[1].max()) + 1, WINDOW_MULTIPLE)
         tokens, positions = torch.from_numpy(feed).to(self._device)
         context = Decode(self._cache, positions, window)
-        logits = self._forward(tokens[:, None], positions[:, None], keep=1, context=context)
+        outputs = self._forward(tokens[:, None], positions[:, None], keep=1, context=context)
         self._stats.num_decode_steps += 1
         self._stats.num_decode_rows += feed.shape[1]
         self._stats.num_decode_tokens += live
         self._stats.decode_s += time.perf_counter() - start
-        return self._draw(0, logits[:live, 0])
+        return self._draw(0, outputs[:live, 0])
 
-    def _forward(self, ids: Tensor, positions: Tensor, *, keep: int | Tensor, context: SlotContext) -> Tensor:
+    def _forward(self, ids: Tensor, positions: Tensor, *, keep: int | Tensor, context: SlotContext) -> _Outputs:
         logits: Tensor = self._model(
             input_ids=ids.to(self._device),
             position_ids=positions.to(self._device),
@@ -278,15 +295,18 @@ class TorchEngine:
             logits_to_keep=keep,
             slot_ctx=context,
         ).logits
-        return logits
+        hidden = self._received.pop()
+        assert hidden.shape[:-1] == logits.shape[:-1], "the output head is called on the kept states alone"
+        return _Outputs(logits, hidden)
 
-    def _draw(self, first: int, logits: Tensor) -> list[Completion]:
+    def _draw(self, first: int, outputs: _Outputs) -> list[Completion]:
         """Append one token to each row from `first` on, and retire the rows that end with it."""
         start = time.perf_counter()
         rows = self._rows[first:]
         requests = [row.group.request for row in rows]
+        logits = outputs.logits
         if self._hook is not None:
-            logits = self._hook(logits, [request.request_id for request in requests])
+            logits = self._hook(logits, outputs.hidden, [request.request_id for request in requests])
         seeds = np.array([request.seed for request in requests], dtype=np.uint64)
         indices = np.array([row.sample_index for row in rows])
         uniform = uniforms(seeds, indices, np.array([len(row.tokens) for row in rows]))
@@ -358,3 +378,10 @@ class TorchEngine:
             self._cache.move(last, slot, self._rows[last].num_stored)
             self._rows[slot] = self._rows[last]
         self._rows.pop()
+
+
+def _recorder(model: PreTrainedModel) -> deque[Tensor]:
+    """Return a queue of one that every forward pass of the model puts its output head's input into."""
+    received: deque[Tensor] = deque(maxlen=1)
+    model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: received.append(inputs[0]))
+    return received

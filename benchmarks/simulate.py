@@ -10,8 +10,9 @@ workers, ranks and the disk's moods are `tests/simulated_*.py`'s.  A seed is a s
 Prints progress, each schedule that went wrong, and last one line of JSON: `lost` and `duplicated` count groups,
 `unresolved` (no end, or one that is not allowed) and `wrong` (other weights, metrics or counts than there should be)
 count schedules, `gave_up` those that ended in a typed error because their budgets were exhausted, `typed_errors` such
-ends after which another driver went on, `faults` what was injected.  The exit status is 0 when all is well and every
-kind of fault has been injected.
+ends after which another driver went on, `uninformative` groups that dynamic sampling dropped (a share of the data sets
+runs with it), `faults` what was injected.  The exit status is 0 when all is well and every kind of fault has been
+injected.
 """
 
 import os
@@ -65,6 +66,7 @@ def report(verdicts: Iterable[Verdict]) -> dict[str, object]:
         "unresolved": sum(bool(verdict.unresolved) for verdict in verdicts),
         "wrong": sum(bool(verdict.wrong) for verdict in verdicts),
         "gave_up": sum(bool(verdict.gave_up) for verdict in verdicts),
+        "uninformative": sum(verdict.num_uninformative for verdict in verdicts),
         "drivers": sum(verdict.num_starts for verdict in verdicts),
         "typed_errors": dict(sorted(typed.items())),
         "faults": dict(sorted(faults.items())),

@@ -13,6 +13,7 @@ import typer
 from cluster.config import ConfigError, RunConfig, load
 from cluster.placement import interrupt_on_sigterm
 from learner.config import RewardModelConfig, SFTConfig
+from learner.offline_config import OfflineConfig
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -98,6 +99,15 @@ def reward(config: ConfigPath, overrides: Overrides = None) -> None:
     from cluster.supervised import run_reward_model
 
     run_reward_model(reward_config)
+
+
+@app.command()
+def offline(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Learn from preferences, ratings or the rollouts of an earlier run, without sampling: DPO, ILQL, Q-learning."""
+    offline_config = load(OfflineConfig, config, overrides or [])
+    from cluster.offline import run_offline
+
+    run_offline(offline_config)
 
 
 @app.command()

@@ -5,13 +5,14 @@ Nothing here imports torch, ray, deepspeed or transformers: a wrong setting is r
 
 import difflib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from actors.config import Config, EvaluationConfig, PolicyConfig, PromptsConfig, RolloutsConfig
-from learner.config import AlgorithmConfig, LearnerConfig
+from learner.algorithm_config import AlgorithmConfig
+from learner.config import LearnerConfig
 from reward.config import RewardConfig
 
 
@@ -101,6 +102,8 @@ class RunConfig(Config):
                 f"algorithm.kl.horizon must be above a fifth of the {sequences} sequences per step, got {horizon}; "
                 "the coefficient could become negative in one step"
             )
+        for problem in _algorithm_problems(self):
+            raise ValueError(problem)
         placement = self.placement
         if self.policy.dtype == "auto" and bool(placement.rollout_gpus) != bool(placement.learner_gpus):
             raise ValueError(
@@ -108,6 +111,33 @@ class RunConfig(Config):
                 "auto would be bfloat16 on one side and float32 on the other"
             )
         return self
+
+
+def _algorithm_problems(config: RunConfig) -> Iterator[str]:
+    """Yield what the algorithm asks of other sections and does not get."""
+    algorithm, samples = config.algorithm, config.rollouts.samples_per_prompt
+    compares = algorithm.advantage in ("leave_one_out", "group") or algorithm.baseline == "group_mean"
+    if samples < 2 and (compares or algorithm.dynamic_sampling is not None):
+        yield (
+            f"rollouts.samples_per_prompt must be at least 2 with algorithm {algorithm.name}, which compares the "
+            f"answers to a prompt, got {samples}; raise it"
+        )
+    if config.learner.critic == "separate" and not algorithm.needs_values:
+        yield (
+            f"learner.critic must be left out with algorithm {algorithm.name}, which has no value function, got "
+            "separate"
+        )
+    if algorithm.policy_loss == "policy_gradient" and config.learner.epochs > 1:
+        yield (
+            "learner.epochs must be 1 with algorithm.policy_loss policy_gradient, which may use a sample once, got "
+            f"{config.learner.epochs}; set policy_loss ppo_clip to use it again"
+        )
+    component = algorithm.dynamic_sampling and algorithm.dynamic_sampling.component
+    if component and component not in config.reward.components:
+        yield (
+            "algorithm.dynamic_sampling.component must be one of reward.components "
+            f"{', '.join(config.reward.components)}, got {component!r}"
+        )
 
 
 ConfigType = TypeVar("ConfigType", bound=Config)

@@ -40,6 +40,7 @@ def export_policy(run_dir: str, output: str) -> str:
         device="cpu",
         num_threads=os.cpu_count() or 1,
         transport=InProcessTransport(),
+        max_new_tokens=config.rollouts.max_new_tokens,
     )
     rank.load_state(checkpoint)
     rank.export_policy(output)

@@ -155,6 +155,8 @@ class LearnerStarter:
             "learner": config.learner,
             "algorithm": config.algorithm,
             "temperature": config.rollouts.temperature,
+            "max_new_tokens": config.rollouts.max_new_tokens,
+            "credit": config.reward.credit,
             "seed": config.run.seed,
             "rank": rank,
             "world_size": processes.count,

@@ -53,13 +53,29 @@ class Batch:
     score_s: float = 0.0
     """From the last finished generation to the last score: what judging adds to the step."""
     after: dict[str, Any] = field(default_factory=dict)
-    """Plain data for the redo log: where the prompts stand after this batch, leases, quarantined groups."""
+    """Plain data for the redo log: where the prompts stand after this batch, leases, quarantined groups, and with
+    dynamic sampling those that were dropped."""
 
     @property
     def quarantined(self) -> dict[str, str]:
         """Return the groups that failed through their own fault, with the reasons."""
         quarantined: dict[str, str] = self.after["quarantined"]
         return quarantined
+
+    @property
+    def dropped(self) -> dict[str, str]:
+        """Return the groups that were judged and got no place in the batch, with the reasons."""
+        dropped: dict[str, str] = self.after["dropped"] if self._is_sampled_dynamically else {}
+        return dropped
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Return what the step's metrics say of the batch; nothing without dynamic sampling."""
+        return {"num_uninformative": float(len(self.dropped))} if self._is_sampled_dynamically else {}
+
+    @property
+    def _is_sampled_dynamically(self) -> bool:
+        return "dropped" in self.after
 
 
 def training_work(config: RunConfig, prompt: DrawnPrompt) -> Work:

@@ -54,7 +54,7 @@ class Transition:
     version: int | None
     incarnation: int | None
     step: int | None
-    """The step that the group was batched for."""
+    """The step that the group was batched for, or left out of."""
     reason: str | None
     """Why the group was dropped or quarantined."""
 
@@ -116,14 +116,24 @@ class Ledger:
         group = self._expect(group_id, {GroupState.SCORED}, GroupState.BATCHED)
         self._put(replace(group, state=GroupState.BATCHED, step=step))
 
-    def replay(self, group_id: str, lease_id: int, step: int) -> None:
-        """Take an accepted group straight to BATCHED: its judged rows were read from the redo log.
+    def leave_out(self, group_id: str, step: int, reason: str) -> None:
+        """End a judged group as DROPPED: it has no place in a step's batch, for a named reason."""
+        group = self._expect(group_id, {GroupState.SCORED}, GroupState.DROPPED)
+        self._end(replace(group, step=step), GroupState.DROPPED, reason)
 
-        Leases handed out from now on have ids above the one in those rows.
+    def replay(self, group_id: str, lease_id: int, step: int, *, left_out: str | None = None) -> None:
+        """Take an accepted group straight to where it was when its step's batch was written to the redo log.
+
+        That is BATCHED, its judged rows being in the log, or DROPPED for the reason for which it was left out.  Leases
+        handed out from now on have ids above the group's.
         """
         group = self._expect(group_id, {GroupState.ACCEPTED}, GroupState.BATCHED)
         self._num_leases = max(self._num_leases, lease_id)
-        self._put(replace(group, state=GroupState.BATCHED, lease_id=lease_id, step=step))
+        group = replace(group, lease_id=lease_id, step=step)
+        if left_out is None:
+            self._put(replace(group, state=GroupState.BATCHED))
+        else:
+            self._end(group, GroupState.DROPPED, left_out)
 
     def train(self, group_id: str, step: int) -> None:
         """Record that the learner has stepped on a group's batch."""
@@ -136,11 +146,7 @@ class Ledger:
         """End a group as DROPPED or QUARANTINED for a named reason."""
         if state not in (GroupState.DROPPED, GroupState.QUARANTINED):
             raise LedgerError(f"group {group_id} must end as dropped or quarantined, got {state}")
-        group = self._expect(group_id, _IN_FLIGHT, state)
-        name = f"{state}: {reason}"[:_MAX_REASON_LENGTH]
-        is_known = name in self._reasons or len(self._reasons) < _MAX_REASONS
-        self._reasons[name if is_known else f"{state}: other reasons"] += 1
-        self._put(replace(group, state=state, reason=reason))
+        self._end(self._expect(group_id, _IN_FLIGHT, state), state, reason)
 
     def state(self, group_id: str) -> GroupState | None:
         """Return where a group in flight is; None for any other."""
@@ -195,6 +201,12 @@ class Ledger:
                 "a late reply must be fenced before it gets here"
             )
         self._put(replace(group, state=after))
+
+    def _end(self, group: Transition, state: GroupState, reason: str) -> None:
+        name = f"{state}: {reason}"[:_MAX_REASON_LENGTH]
+        is_known = name in self._reasons or len(self._reasons) < _MAX_REASONS
+        self._reasons[name if is_known else f"{state}: other reasons"] += 1
+        self._put(replace(group, state=state, reason=reason))
 
     def _expect(self, group_id: str, before: set[GroupState] | frozenset[GroupState], after: GroupState) -> Transition:
         group = self._groups.get(group_id)

@@ -21,6 +21,7 @@ from cluster.groups import Batch, held_out_work, training_work
 from cluster.ledger import GroupState, Ledger, Transition
 from cluster.messages import Kill, Role, Start, Weights, Workers
 from cluster.rounds import Round
+from cluster.waves import NO_CONTRAST, Waves
 
 Progress = Callable[[str, int, int], None]
 """Called with (what, done, total)."""
@@ -62,10 +63,20 @@ class _Open:
 
     step: int
     num_wanted: int
-    """Finished groups it needs; 0 = whatever it was given."""
+    """Finished groups it needs, more with each wave; 0 = whatever it was given."""
+    waves: Waves | None = None
+    """None = each finished group has a place in the batch."""
+    drawn: list[str] = field(default_factory=list)
+    """Groups in the order of their prompts."""
     position: dict[str, Any] = field(default_factory=dict)
     """Of the prompts, after this round's last draw."""
     waiter: "Future[Batch] | None" = None
+
+    def num_missing(self, round_: Round) -> int:
+        """Return how many prompts to draw now: in place of groups that failed, or for another wave of groups."""
+        if self.waves is not None and len(round_.finished) == self.num_wanted:
+            self.num_wanted += self.waves.next_wave({name: answer[1] for name, answer in round_.finished.items()})
+        return self.num_wanted - len(round_.finished) - round_.num_open
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,8 +165,10 @@ class PipelineCore:
         It fails when the pipeline cannot go on; asked again after a remedy, it goes on.
         """
         if step not in self._rounds:
-            self._rounds[step] = _Open(step=step, num_wanted=self._config.rollouts.prompts_per_step)
-            self._draw(step, self._config.rollouts.prompts_per_step)
+            num_places, sampling = self._config.rollouts.prompts_per_step, self._config.algorithm.dynamic_sampling
+            waves = None if sampling is None else Waves(config=sampling, num_places=num_places)
+            self._rounds[step] = _Open(step=step, num_wanted=num_places, waves=waves)
+            self._draw(step, num_places)
         return self._when_done(step)
 
     def evaluation(self, version: int, prompts: Sequence[DrawnPrompt]) -> "Future[Batch]":
@@ -176,9 +189,13 @@ class PipelineCore:
         for identity, reason in batch.quarantined.items():
             self._ledger.accept(identity)
             self._ledger.end(identity, GroupState.QUARANTINED, reason)
+        leases = batch.after["leases"]
+        for identity, reason in batch.dropped.items():
+            self._ledger.accept(identity)
+            self._ledger.replay(identity, leases[identity], batch.step, left_out=reason)
         for identity in batch.group_ids:
             self._ledger.accept(identity)
-            self._ledger.replay(identity, batch.after["leases"][identity], batch.step)
+            self._ledger.replay(identity, leases[identity], batch.step)
         self._prompts.seek(batch.after["prompts"])
 
     def settle(self, batch: Batch, dropped: str | None) -> dict[str, int]:
@@ -282,6 +299,7 @@ class PipelineCore:
     def _draw(self, name: int, count: int) -> None:
         works = [training_work(self._config, prompt) for prompt in self._prompts.draw(count)]
         self._rounds[name].position = self._prompts.position
+        self._rounds[name].drawn += [work.group_id for work in works]
         self._dispatcher.admit(name, {work.group_id: work for work in works}, self._ledger, self._clock())
 
     def _settle_rounds(self) -> None:
@@ -291,9 +309,9 @@ class PipelineCore:
             self._ready.set_result(None)
         for name, open_round in list(self._rounds.items()):
             round_ = self._dispatcher.round(name)
-            num_missing = open_round.num_wanted - len(round_.finished) - round_.num_open
+            num_missing = open_round.num_missing(round_)
             if num_missing > 0 and self._dispatcher.error is None:
-                self._draw(name, num_missing)  # the next prompts take the place of quarantined ones
+                self._draw(name, num_missing)
                 self._execute()
             if open_round.waiter is not None:
                 self._settle_round(name, open_round, round_)
@@ -315,22 +333,24 @@ class PipelineCore:
             open_round.waiter.set_result(batch)
 
     def _batch(self, open_round: _Open, round_: Round) -> Batch:
-        identities = tuple(sorted(round_.finished))
+        after = {"prompts": open_round.position, "leases": round_.leases, "quarantined": round_.quarantined}
+        identities = sorted(round_.finished)
+        if open_round.waves is not None:
+            chosen, dropped = open_round.waves.choose(open_round.drawn)
+            identities, after["dropped"] = sorted(chosen), dict.fromkeys(dropped, NO_CONTRAST)
+            for identity in dropped:
+                self._ledger.leave_out(identity, open_round.step, NO_CONTRAST)
         if open_round.num_wanted:
             for identity in identities:
                 self._ledger.batch(identity, open_round.step)
         return Batch(
             step=open_round.step,
-            group_ids=identities,
+            group_ids=tuple(identities),
             tables=tuple(round_.finished[identity][0] for identity in identities),
             samples=pa.concat_tables([round_.finished[identity][1] for identity in identities]),
             generate_s=round_.last_generated_at - (round_.first_lease_at or 0.0),
             score_s=round_.last_finished_at - round_.last_generated_at,
-            after={
-                "prompts": open_round.position,
-                "leases": round_.leases,
-                "quarantined": round_.quarantined,
-            },
+            after=after,
         )
 
 

@@ -15,6 +15,7 @@ def batch_plan(config: RunConfig) -> dict[str, int | str]:
     per_rank = f"{sequences // learner.num_ranks}" + ("" if sequences % learner.num_ranks == 0 else " or more")
     return {
         "prompts per step": rollouts.prompts_per_step,
+        **_drawn(config),
         "samples per prompt": rollouts.samples_per_prompt,
         "sequences per step": sequences,
         "sequences per rank": f"about {per_rank}, dealt by tokens in whole groups",
@@ -24,6 +25,14 @@ def batch_plan(config: RunConfig) -> dict[str, int | str]:
         "steps": config.run.num_steps,
         "optimizer updates in all": updates * config.run.num_steps,
     }
+
+
+def _drawn(config: RunConfig) -> dict[str, int | str]:
+    """Return what dynamic sampling may draw for one step: at most all places anew in each wave."""
+    sampling, num_places = config.algorithm.dynamic_sampling, config.rollouts.prompts_per_step
+    if sampling is None:
+        return {}
+    return {"prompts drawn per step": f"{num_places} to {num_places * sampling.max_waves}, in waves"}
 
 
 def render(config: RunConfig, placement: Placement | None = None) -> RenderableType:

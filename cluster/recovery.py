@@ -348,7 +348,7 @@ class RecoveringLearner:
         if isinstance(answer, Skipped):
             self.controller.load_state_dict(before)
             return StepResult(metrics=metrics | {"skipped": 1.0}, skipped=answer)
-        self.controller.observe(plan, samples)
+        self.controller.observe(plan, samples, answer)
         return StepResult(metrics=answer | metrics | {"skipped": 0.0}, skipped=None)
 
     def _stop_if_hopeless(self, skipped: Skipped) -> None:

@@ -217,7 +217,12 @@ class Session:
 
         def make_controller() -> StepController:
             return StepController(
-                config.reward, config.learner, config.algorithm, num_steps=config.run.num_steps, seed=config.run.seed
+                config.reward,
+                config.learner,
+                config.algorithm,
+                num_steps=config.run.num_steps,
+                seed=config.run.seed,
+                max_new_tokens=config.rollouts.max_new_tokens,
             )
 
         self.learner = RecoveringLearner(

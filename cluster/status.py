@@ -81,7 +81,7 @@ class RunStatus:
     is_conserved: bool
     in_flight: tuple[GroupStatus, ...]
     ended: tuple[GroupStatus, ...]
-    """The first groups that were dropped or quarantined."""
+    """The first groups that were quarantined, then the first that were dropped."""
     reasons: dict[str, int]
     num_malformed_rows: int
     faults: dict[str, float]
@@ -170,7 +170,9 @@ def _from_history(history: LedgerHistory, measured: GroupCounts, checkpoint: int
     if counts.accepted < measured.accepted:
         notes = (f"{LEDGER_FILE} was begun again and knows {counts.accepted} of {measured.accepted} groups",)
         counts = measured
-    ended = [event for state in FINAL[1:] for event in history.ended(state, limit=MAX_SHOWN)]
+    # Dynamic sampling drops groups as a matter of course; those that somebody has to look at come first.
+    states = (GroupState.QUARANTINED, GroupState.DROPPED)
+    ended = [event for state in states for event in history.ended(state, limit=MAX_SHOWN)]
     return _Ledger(
         counts=counts,
         in_flight=tuple(_in_flight(group, now) for group in history.groups_in_flight()),

@@ -69,6 +69,8 @@ class StepPlan:
     scores: np.ndarray
     """[B] float64, composed scores in the order of (group_ids, sample index)."""
     kl_coef: float
+    baseline: float
+    """Moving average of earlier steps' scores, 0 where nothing asks for it."""
     updates: tuple[Update, ...]
     """In the order they are carried out: epoch by epoch, minibatch by minibatch."""
     value_ranks: Deal
@@ -91,6 +93,8 @@ class StepContext:
     seed: int
     """The run's seed."""
     kl_coef: float
+    baseline: float = 0.0
+    """See `StepPlan`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,6 +143,7 @@ def plan_step(samples: pa.Table, scores: np.ndarray, *, learner: "LearnerConfig"
         group_sizes=tuple(len(lengths) for lengths in groups.response_tokens),
         scores=np.ascontiguousarray(scores, dtype=np.float64)[order],
         kl_coef=context.kl_coef,
+        baseline=context.baseline,
         updates=tuple(_plan_updates(pieces, groups, learner=learner, context=context)),
         value_ranks=_deal([piece for split in pieces for piece in split], groups, learner),
     )

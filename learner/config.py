@@ -1,4 +1,4 @@
-"""Configuration of the learner's room: optimizer, algorithm, supervised and reward-model training."""
+"""Configuration of the learner's room: optimizer, ranks, supervised and reward-model training."""
 
 from typing import Annotated, Literal
 
@@ -72,63 +72,6 @@ class LearnerConfig(Config):
         return self
 
 
-class KLConfig(Config):
-    """Penalty for leaving the reference policy, part of the per-token reward (Ziegler et al. 2019, Eq. 2)."""
-
-    coef: float = Field(default=0.05, ge=0)
-    """beta; with the adaptive controller its first value."""
-    controller: Literal["fixed", "adaptive"] = "fixed"
-    """adaptive: Ziegler et al. 2019, section 2.2."""
-    target: float | None = Field(default=None, gt=0)
-    """Adaptive: KL to settle at, nats per sequence."""
-    horizon: int | None = Field(default=None, ge=1)
-    """Adaptive: sequences over which the coefficient may change by a factor e^0.2 or so."""
-
-    @model_validator(mode="after")
-    def _adaptive_settings(self) -> "KLConfig":
-        adaptive = self.controller == "adaptive"
-        if adaptive != (self.target is not None) or adaptive != (self.horizon is not None):
-            raise ValueError("`target` and `horizon` must both be set with controller adaptive, and only then")
-        if adaptive and self.coef == 0:
-            raise ValueError(
-                f"coef must be greater than 0 with controller adaptive, got {self.coef}, which no factor would change; "
-                "give its first value or set controller fixed"
-            )
-        return self
-
-
-class AlgorithmConfig(Config):
-    """PPO (Schulman et al. 2017) for text; one field per part."""
-
-    name: Literal["ppo"] = "ppo"
-    """Preset."""
-    clip_range: float = Field(default=0.2, gt=0)
-    """Lower and, unless set apart, upper clip of the probability ratio."""
-    clip_range_high: float | None = Field(default=None, gt=0)
-    """Upper clip (clip-higher, DAPO)."""
-    dual_clip: float | None = Field(default=None, gt=1)
-    """Bound of the loss for negative advantages (Ye et al. 2019)."""
-    value_clip_range: float | None = Field(default=0.2, gt=0)
-    """Clip of the value function's change; null = off."""
-    value_coef: float = Field(default=0.1, ge=0)
-    """Weight of the value loss."""
-    entropy_coef: float = Field(default=0.0, ge=0)
-    """Weight of the entropy bonus."""
-    gamma: float = Field(default=1.0, gt=0, le=1)
-    """Discount."""
-    gae_lambda: float = Field(default=0.95, ge=0, le=1)
-    """GAE's lambda."""
-    whiten_advantages: bool = True
-    """Give the batch's advantages mean 0 and variance 1, over all its tokens."""
-    aggregation: Literal["token_mean", "sequence_mean_token_mean", "sequence_mean_token_sum"] = "token_mean"
-    """How token losses become one number; token_mean divides by the minibatch's global token count."""
-    kl: KLConfig = KLConfig()
-    """Penalty for leaving the reference policy."""
-    missing_eos_penalty: float | None = Field(default=None, gt=0)
-    """Subtracted from the score of a response that hit the length limit, which is then terminal; without it such a
-    response bootstraps from its last state's value."""
-
-
 class EngineConfig(Config):
     """Which optimizer engine runs supervised or reward-model training, in one process."""
 
@@ -199,9 +142,11 @@ class RewardModelConfig(Config):
     trust_remote_code: bool = False
     """Run Python code that ships with the model."""
     data: DataConfig
-    """Rows with `text` and `rating` (regression), or `prompt`, `chosen`, `rejected` (pairs)."""
-    objective: Literal["regression", "bradley_terry"]
-    """regression: squared error on standardised ratings; bradley_terry: -log sigmoid(chosen - rejected)."""
+    """Rows with `text` and `rating` (regression); `prompt`, `chosen`, `rejected` (bradley_terry); or `prompt`, `safer`,
+    `less_safe` and true or false in `safer_is_safe`, `less_safe_is_safe` (cost)."""
+    objective: Literal["regression", "bradley_terry", "cost"]
+    """regression: squared error on standardised ratings; bradley_terry: -log sigmoid(chosen - rejected); cost: a cost
+    model (Safe-RLHF), higher for the less safe response, above 0 for an unsafe one, and not normalised."""
     held_out_fraction: float = Field(default=0.1, gt=0, lt=1)
     """Share of distinct texts (or prompts) kept for the validation set, and as many again for the test set."""
     pair_margin: float = Field(default=1.0, ge=0)

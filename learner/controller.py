@@ -1,4 +1,4 @@
-"""The driver's side of learning: composes scores, plans the step for all ranks, controls the KL penalty.
+"""The driver's side of learning: composes scores, plans the step for all ranks, controls KL penalty and constraint.
 
 Numbers in, numbers out: it never sees a tensor or a process.  Its state is small and part of every checkpoint.
 """
@@ -12,15 +12,48 @@ import pyarrow as pa
 
 from actors.schema import check
 from learner.batch import StepContext, StepPlan, identity_order, plan_step
+from learner.constraint import Constraint
 from learner.kl import make_kl_controller
+from learner.penalties import Penalties
 from learner.shaping import Composed, RewardComposer
 from reward.schema import SAMPLES
 
 if TYPE_CHECKING:
-    from learner.config import AlgorithmConfig, LearnerConfig
+    from learner.algorithm_config import AlgorithmConfig
+    from learner.config import LearnerConfig
     from reward.config import RewardConfig
 
 _KL_COLUMNS = ("group_id", "sample_index", "kl")
+
+
+class EmaBaseline:
+    """An exponential moving average of batches' mean scores: b <- decay b + (1 - decay) mean, at first the mean.
+
+    A step is scored against what was there before it, so that the baseline does not depend on its own samples; before
+    the first one that is 0.
+    """
+
+    def __init__(self, decay: float) -> None:
+        self._decay = decay
+        self._average: float | None = None
+
+    @property
+    def value(self) -> float:
+        """The baseline that the next step uses."""
+        return 0.0 if self._average is None else self._average
+
+    def update(self, mean: float) -> None:
+        """Take a step's mean score in."""
+        before = mean if self._average is None else self._average
+        self._average = self._decay * before + (1.0 - self._decay) * mean
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the average, None before the first step."""
+        return {"average": self._average}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take the average."""
+        self._average = state["average"]
 
 
 class StepController:
@@ -37,12 +70,18 @@ class StepController:
         *,
         num_steps: int,
         seed: int,
+        max_new_tokens: int,
     ) -> None:
+        self._reward = reward
         self._learner = learner
         self._num_steps = num_steps
         self._seed = seed
-        self._composer = RewardComposer(reward, algorithm.missing_eos_penalty)
+        self._step = 0
+        self._composer = RewardComposer(reward, Penalties.of(algorithm, max_new_tokens=max_new_tokens))
         self._kl = make_kl_controller(algorithm.kl)
+        self._has_moving_reference = algorithm.reference.mode != "fixed"
+        self._constraint = None if reward.constraint is None else Constraint(reward.constraint)
+        self._baseline = EmaBaseline(algorithm.baseline_decay) if algorithm.baseline == "ema" else None
 
     def plan(self, step: int, samples: pa.Table) -> StepPlan:
         """Compose the batch's scores, taking it into the running moments, and plan the step.
@@ -56,38 +95,86 @@ class StepController:
         """
         check(samples, SAMPLES, f"learner, step {step}")
         self._check_kl(step, samples)
-        context = StepContext(step=step, num_steps=self._num_steps, seed=self._seed, kl_coef=self._kl.coef)
-        composed = self._composer.compose(samples)
-        return plan_step(samples, composed.scores, learner=self._learner, context=context)
+        context = StepContext(
+            step=step,
+            num_steps=self._num_steps,
+            seed=self._seed,
+            kl_coef=self._kl.coef,
+            baseline=0.0 if self._baseline is None else self._baseline.value,
+        )
+        composed = self._composer.compose(samples, step=step)
+        self._step = step
+        return plan_step(samples, self._scores(composed), learner=self._learner, context=context)
 
-    def observe(self, plan: StepPlan, samples: pa.Table) -> None:
-        """Let the KL controller see what the step's samples measured."""
-        if samples["kl"].null_count == 0:
+    def observe(self, plan: StepPlan, samples: pa.Table, learner_metrics: Mapping[str, float]) -> None:
+        """Let KL controller, constraint and baseline see what the step measured.
+
+        Args:
+            plan: Of the step.
+            samples: SAMPLES that it was planned for.
+            learner_metrics: What the ranks measured; with a moving reference policy the KL to it is there, as
+                `reference_kl` in nats per sequence, since the samples' own KL is to the first reference.
+        """
+        if self._has_moving_reference:
+            self._kl.update(learner_metrics["reference_kl"], len(plan.scores))
+        elif samples["kl"].null_count == 0:
             self._kl.update(_mean_kl(samples), len(plan.scores))
+        if self._constraint is not None:
+            costs = self._composer.compose(samples, step=plan.step, update=False).costs
+            self._constraint.update(costs[identity_order(samples)], step=plan.step)
+        if self._baseline is not None:
+            self._baseline.update(float(plan.scores.mean()))
 
     def metrics(self, plan: StepPlan, samples: pa.Table) -> dict[str, float]:
         """Return the step's figures on its samples, before `observe`; names as in the run's metrics."""
-        composed = self._composer.compose(samples, update=False)
-        return {"kl_coef": plan.kl_coef, **_figures(plan.scores, composed, samples)}
+        composed = self._composer.compose(samples, step=plan.step, update=False)
+        figures = {"kl_coef": plan.kl_coef, **self._figures(plan.scores, composed, samples)}
+        if self._constraint is not None:
+            figures["lambda"] = self._constraint.multiplier
+        if self._baseline is not None:
+            figures["baseline"] = plan.baseline
+        for name, component in self._reward.components.items():
+            if component.schedule is not None:
+                figures[f"{name}_weight"] = component.weight_at(plan.step)
+        return figures
 
     def evaluation_metrics(self, samples: pa.Table) -> dict[str, float]:
-        """Return the same figures of held-out samples, scored with the moments as they are; nothing is remembered."""
+        """Return the same figures of held-out samples, scored as the last step was; nothing is remembered."""
         check(samples, SAMPLES, "learner, evaluation")
-        composed = self._composer.compose(samples, update=False)
-        return _figures(composed.scores[identity_order(samples)], composed, samples)
+        composed = self._composer.compose(samples, step=self._step, update=False)
+        return self._figures(self._scores(composed)[identity_order(samples)], composed, samples)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint needs, JSON-able; floats survive JSON exactly."""
-        return {"kl": self._kl.state_dict(), "reward": self._composer.state_dict()}
+        parts = {"kl": self._kl, "reward": self._composer, "constraint": self._constraint, "baseline": self._baseline}
+        return {"step": self._step} | {name: part.state_dict() for name, part in parts.items() if part is not None}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict`'s result."""
+        self._step = state["step"]
         self._kl.load_state_dict(state["kl"])
         self._composer.load_state_dict(state["reward"])
+        if self._constraint is not None:
+            self._constraint.load_state_dict(state["constraint"])
+        if self._baseline is not None:
+            self._baseline.load_state_dict(state["baseline"])
+
+    def _scores(self, composed: Composed) -> np.ndarray:
+        if self._constraint is None:
+            return composed.scores
+        return self._constraint.combined(composed.scores, composed.costs)
+
+    def _figures(self, scores: np.ndarray, composed: Composed, samples: pa.Table) -> dict[str, float]:
+        figures = _figures(scores, composed, samples)
+        if self._constraint is not None:
+            costs = composed.costs[identity_order(samples)]
+            known = costs[~np.isnan(costs)]
+            figures["cost_mean"] = float(known.mean()) if known.size else math.nan
+        return figures
 
     def _check_kl(self, step: int, samples: pa.Table) -> None:
         num_null = samples["kl"].null_count
-        if self._kl.coef > 0 and num_null:
+        if self._kl.coef > 0 and num_null and not self._has_moving_reference:
             raise ValueError(
                 f"every sample must have a kl with algorithm.kl.coef {self._kl.coef}, got {num_null} without (step "
                 f"{step}); score with a reference policy or set algorithm.kl.coef=0"

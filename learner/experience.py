@@ -1,46 +1,34 @@
-"""What a learner rank knows about the samples of a step: read from the batch's tables, then judged.
+"""What a step's samples are trained towards: rewards, advantages, value targets, off-policy weights.
 
-Samples are put into the plan's order, (group_ids, sample index), whatever order the tables came in, so nothing that is
-learnt depends on arrival.  Every rank computes every sample's targets from the gathered values, so all ranks agree.
-
-What differs from PPO's usual form: when the learner computed the old log-probs itself (in half precision, where they
-are not those of the engine that sampled), each advantage is multiplied by the truncated importance weight
-min(old / sampled, 2), which is the same as weighting that token's policy loss.
+Every rank computes every sample's targets from the gathered first pass, so all ranks agree.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-import numpy as np
-import pyarrow as pa
 import torch
 
-from actors.rows import PromptGroup
-from actors.schema import check
-from learner.advantages import gae_ragged, is_terminal, token_moments, token_rewards, whiten, with_bootstrap
-from learner.batch import Microbatch, StepPlan
-from learner.config import AlgorithmConfig
-from reward.schema import SCORED
-
-MAX_IMPORTANCE_WEIGHT = 2.0
-"""Truncation of old / sampled probabilities (Yao et al. 2025)."""
+from learner.advantages import is_terminal, token_moments, token_rewards, whiten, with_bootstrap
+from learner.algorithm_config import AlgorithmConfig
+from learner.algorithms import estimator_of
+from learner.batch import StepPlan
+from learner.credit import dense_rewards
+from learner.estimators import Experience
+from learner.off_policy import importance_weights
+from learner.samples import Sample
+from reward.credit_config import CreditConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sample:
-    """One prompt with one response of R tokens."""
+class FirstPass:
+    """What the networks say about one sample before the first update."""
 
-    prompt_ids: np.ndarray
-    response_ids: np.ndarray
-    logprobs: torch.Tensor
-    """[R] float32, recorded when the tokens were sampled."""
-    ref_logprobs: torch.Tensor | None
-    """[R] float32."""
-    policy_versions: torch.Tensor
-    """[R] int32."""
-    loss_mask: torch.Tensor
-    """[R] bool."""
-    finish_reason: str
+    values: torch.Tensor
+    """[R + 1] float32, 0 without a value function."""
+    logprobs: torch.Tensor | None = None
+    """[R] float32, None where the recorded ones are the old ones."""
+    ref_logprobs: torch.Tensor | None = None
+    """[R] float32 of a moving reference, None where the recorded ones are the reference's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,127 +39,71 @@ class SampleTargets:
     old_values: torch.Tensor
     advantages: torch.Tensor
     returns: torch.Tensor
+    ref_logprobs: torch.Tensor
+    importance: torch.Tensor
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FirstPass:
-    """What the networks say about one sample before the first update."""
-
-    values: torch.Tensor
-    """[R + 1] float32."""
-    logprobs: torch.Tensor | None
-    """[R] float32, None where the recorded ones are the old ones."""
-
-
-def read_samples(tables: Sequence[pa.Table], plan: StepPlan) -> list[Sample]:
-    """Return the batch's samples in the plan's order.
-
-    Raises:
-        ValueError: if the tables do not hold exactly the plan's samples.
-        SchemaError: if a table is not SCORED.
-    """
-    starts = dict(zip(plan.group_ids, plan.offsets, strict=True))
-    sizes = dict(zip(plan.group_ids, plan.group_sizes, strict=True))
-    found: dict[int, Sample] = {}
-    for table in tables:
-        check(table, SCORED, "learner step")
-        rows = zip(table["group_id"].to_pylist(), table["sample_index"].to_pylist(), strict=True)
-        for row, (group_id, index) in enumerate(rows):
-            if group_id not in starts or not 0 <= index < sizes[group_id]:
-                raise ValueError(f"a sample must be in the step's plan, got sample {index} of group {group_id!r}")
-            if starts[group_id] + index in found:
-                raise ValueError(f"a sample must come once, got sample {index} of group {group_id!r} again")
-            found[starts[group_id] + index] = _read_sample(table, row, f"group {group_id!r}, sample {index}")
-    if len(found) != sum(plan.group_sizes):
-        raise ValueError(
-            f"the tables must hold all {sum(plan.group_sizes)} samples of step {plan.step}, got {len(found)}"
-        )
-    return [found[index] for index in range(len(found))]
-
-
-def sample_indices(microbatch: Microbatch, plan: StepPlan) -> list[int]:
-    """Return where a micro-batch's samples stand in the plan's order, in the order of its row's responses."""
-    offsets = plan.offsets  # computed anew at each access
-    return [offsets[piece.group] + sample for piece in microbatch for sample in piece.samples]
-
-
-def prompt_groups(microbatch: Microbatch, samples: Sequence[Sample], plan: StepPlan) -> list[PromptGroup]:
-    """Return a micro-batch's pieces as prompts with responses."""
-    offsets = plan.offsets
-    groups = []
-    for piece in microbatch:
-        members = [samples[offsets[piece.group] + index] for index in piece.samples]
-        responses = [member.response_ids for member in members]
-        groups.append(PromptGroup(prompt_ids=members[0].prompt_ids, responses=responses))
-    return groups
+def with_first_pass(sample: Sample, first_pass: FirstPass) -> Sample:
+    """Return the sample with the reference that counts in this step."""
+    return sample if first_pass.ref_logprobs is None else replace(sample, ref_logprobs=first_pass.ref_logprobs)
 
 
 def judge(
-    samples: Sequence[Sample], first_pass: Sequence[FirstPass], plan: StepPlan, algorithm: AlgorithmConfig
+    samples: Sequence[Sample],
+    first_pass: Sequence[FirstPass],
+    plan: StepPlan,
+    algorithm: AlgorithmConfig,
+    credit: CreditConfig | None = None,
 ) -> tuple[list[SampleTargets], dict[str, float]]:
     """Return each sample's targets, and the metrics that describe them.
 
-    Rewards (score and KL penalty), values with the right end, GAE, whitening over all loss tokens of the batch.
+    Rewards (score, and KL penalty where it is part of them), values with the right end, the algorithm's advantages,
+    whitening over all loss tokens of the batch, off-policy weights.
     """
     old = [s.logprobs if p.logprobs is None else p.logprobs for s, p in zip(samples, first_pass, strict=True)]
-    rewards = [
-        _rewards(sample, logprobs, float(score), plan.kl_coef)
-        for sample, logprobs, score in zip(samples, old, plan.scores, strict=True)
-    ]
-    values = [
-        with_bootstrap(
-            p.values, is_terminal=is_terminal(s.finish_reason, missing_eos_penalty=algorithm.missing_eos_penalty)
-        )
-        for s, p in zip(samples, first_pass, strict=True)
-    ]
-    advantages = gae_ragged(rewards, values, gamma=algorithm.gamma, gae_lambda=algorithm.gae_lambda)
-    returns = [a + v[:-1] for a, v in zip(advantages, values, strict=True)]
+    samples = [with_first_pass(s, p) for s, p in zip(samples, first_pass, strict=True)]
+    ends = [is_terminal(s.finish_reason, missing_eos_penalty=algorithm.missing_eos_penalty) for s in samples]
+    kl_coef = plan.kl_coef if algorithm.kl.placement == "reward" else 0.0
+    values = [with_bootstrap(p.values, is_terminal=end) for p, end in zip(first_pass, ends, strict=True)]
+    experience = Experience(
+        group_sizes=plan.group_sizes,
+        rewards=[
+            _rewards(sample, logprobs, float(score), kl_coef)
+            if credit is None
+            else _rewards(sample, logprobs, 0.0, kl_coef) + _credited(sample, float(score), credit, algorithm, end)
+            for sample, logprobs, score, end in zip(samples, old, plan.scores, ends, strict=True)
+        ],
+        values=values,
+        log_ratios=[o - s.logprobs for o, s in zip(old, samples, strict=True)],
+        baseline=plan.baseline,
+    )
+    estimated = estimator_of(algorithm)(experience, algorithm)
+    advantages = estimated.advantages
     mask = torch.cat([sample.loss_mask for sample in samples])
-    moments = token_moments(torch.cat(advantages), mask)
-    metrics = {
-        "advantage_mean": moments.mean,
-        "advantage_std": moments.variance**0.5,
-        "return_mean": token_moments(torch.cat(returns), mask).mean,
-        "value_explained_variance": _explained_variance(values, returns, mask),
-    }
+    moments = token_moments(torch.cat(list(advantages)), mask)
+    metrics = {"advantage_mean": moments.mean, "advantage_std": moments.variance**0.5}
+    returns = estimated.returns
+    if returns is None:
+        returns = [torch.zeros_like(row) for row in advantages]
+    else:
+        metrics["return_mean"] = token_moments(torch.cat(list(returns)), mask).mean
+        metrics["value_explained_variance"] = _explained_variance(values, returns, mask)
+    if any(p.ref_logprobs is not None for p in first_pass):
+        metrics["reference_kl"] = _reference_kl(samples, old)
     if algorithm.whiten_advantages:
         advantages = [whiten(a, moments.mean, moments.variance) for a in advantages]
     targets = [
-        SampleTargets(old_logprobs=o, old_values=v[:-1], advantages=_weighted(a, o, s), returns=r)
+        SampleTargets(
+            old_logprobs=o,
+            old_values=v[:-1],
+            advantages=a,
+            returns=r,
+            ref_logprobs=torch.zeros_like(o) if s.ref_logprobs is None else s.ref_logprobs,
+            importance=_importance(s, o, algorithm),
+        )
         for s, o, v, a, r in zip(samples, old, values, advantages, returns, strict=True)
     ]
     return targets, metrics
-
-
-def _read_sample(table: pa.Table, row: int, where: str) -> Sample:
-    response_ids = _array(table, "response_ids", row)
-    if not response_ids.size:
-        raise ValueError(f"a response must have at least one token, got none ({where}); quarantine such a sample")
-    if table["token_scores"][row].is_valid:
-        raise ValueError(f"token_scores must be null with algorithm ppo, got some ({where}); return sequence scores")
-    has_reference = table["ref_logprobs"][row].is_valid
-    sample = Sample(
-        prompt_ids=_array(table, "prompt_ids", row),
-        response_ids=response_ids,
-        logprobs=_tensor(table, "logprobs", row),
-        ref_logprobs=_tensor(table, "ref_logprobs", row) if has_reference else None,
-        policy_versions=_tensor(table, "policy_versions", row),
-        loss_mask=_tensor(table, "loss_mask", row),
-        finish_reason=table["finish_reason"][row].as_py(),
-    )
-    for name in ("logprobs", "ref_logprobs", "policy_versions", "loss_mask"):
-        column = getattr(sample, name)
-        if column is not None and column.shape[0] != response_ids.size:
-            raise ValueError(f"{name} must have {response_ids.size} entries, got {column.shape[0]} ({where})")
-    return sample
-
-
-def _array(table: pa.Table, name: str, row: int) -> np.ndarray:
-    return table[name][row].values.to_numpy(zero_copy_only=False)
-
-
-def _tensor(table: pa.Table, name: str, row: int) -> torch.Tensor:
-    return torch.from_numpy(_array(table, name, row).copy())  # Arrow's memory is read-only
 
 
 def _rewards(sample: Sample, logprobs: torch.Tensor, score: float, kl_coef: float) -> torch.Tensor:
@@ -181,9 +113,35 @@ def _rewards(sample: Sample, logprobs: torch.Tensor, score: float, kl_coef: floa
     return token_rewards(score, chosen, reference, kl_coef)
 
 
-def _weighted(advantages: torch.Tensor, old_logprobs: torch.Tensor, sample: Sample) -> torch.Tensor:
-    """Return advantages times the truncated importance weight, which is 1 where old and recorded log-probs agree."""
-    return advantages * (old_logprobs - sample.logprobs).exp().clamp(max=MAX_IMPORTANCE_WEIGHT)
+def _credited(
+    sample: Sample, score: float, credit: CreditConfig, algorithm: AlgorithmConfig, is_terminal: bool
+) -> torch.Tensor:
+    if sample.token_scores is None:
+        raise ValueError("token_scores must be given with reward.credit, got none; judge the rollouts again with it")
+    return dense_rewards(score, sample.token_scores, credit, gamma=algorithm.gamma, is_terminal=is_terminal)
+
+
+def _importance(sample: Sample, old_logprobs: torch.Tensor, algorithm: AlgorithmConfig) -> torch.Tensor:
+    settings = algorithm.off_policy
+    return importance_weights(
+        old_logprobs,
+        sample.logprobs,
+        [old_logprobs.shape[0]],
+        sample.loss_mask,
+        weight=settings.weight,
+        max_weight=settings.max_weight,
+        mask=settings.mask,
+        mask_range=settings.mask_range,
+    )
+
+
+def _reference_kl(samples: Sequence[Sample], old: Sequence[torch.Tensor]) -> float:
+    """Return nats per sequence, over the policy's own tokens."""
+    total = 0.0
+    for sample, logprobs in zip(samples, old, strict=True):
+        assert sample.ref_logprobs is not None, "a moving reference has looked at every sample"
+        total += float((logprobs - sample.ref_logprobs)[sample.loss_mask].double().sum())
+    return total / len(samples)
 
 
 def _explained_variance(values: Sequence[torch.Tensor], returns: Sequence[torch.Tensor], mask: torch.Tensor) -> float:

@@ -1,4 +1,4 @@
-"""Human judgement as training rows: ratings of texts, and preferences between two responses."""
+"""Human judgement as training rows: ratings of texts, preferences between two responses, and harm of two responses."""
 
 import hashlib
 import math
@@ -39,13 +39,39 @@ class Preference:
         """What must not be in two parts: the prompt, with all its pairs."""
         return dump_prompt(self.prompt).strip()
 
+    @property
+    def ordered(self) -> tuple[str, str]:
+        """The response that must score higher, and the other."""
+        return self.chosen, self.rejected
 
-Judgement = TypeVar("Judgement", Rating, Preference)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SafetyJudgement:
+    """Two responses to a prompt, of which people found one safer, and whether each is safe by itself."""
+
+    prompt: Prompt
+    safer: str
+    less_safe: str
+    safer_is_safe: bool
+    less_safe_is_safe: bool
+
+    @property
+    def split_key(self) -> str:
+        """What must not be in two parts: the prompt, with all its pairs."""
+        return dump_prompt(self.prompt).strip()
+
+    @property
+    def ordered(self) -> tuple[str, str]:
+        """The response that must cost more, and the other."""
+        return self.less_safe, self.safer
+
+
+Judgement = TypeVar("Judgement", Rating, Preference, SafetyJudgement)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Split(Generic[Judgement]):
-    """Judgements in three parts that share no text (ratings) or prompt (preferences)."""
+    """Judgements in three parts that share no text (ratings) or prompt (pairs)."""
 
     train: list[Judgement]
     validation: list[Judgement]
@@ -70,14 +96,26 @@ def parse_preference(row: RawRow) -> Preference:
     Raises:
         ValueError: that says what is wrong with it.
     """
-    prompt = _column(row, "prompt")
-    if not isinstance(prompt, str | list):
-        raise ValueError(f"prompt must be a string or a list of messages, got {type(prompt).__name__}")
-    chosen, rejected = (_response(_column(row, name), name) for name in ("chosen", "rejected"))
-    if chosen == rejected:
-        raise ValueError(f"chosen and rejected must differ, got {chosen!r:.80} twice")
-    parsed = parse_prompt(_text(prompt, "prompt")) if isinstance(prompt, str) else check_messages(prompt)
-    return Preference(prompt=parsed, chosen=chosen, rejected=rejected)
+    prompt, chosen, rejected = _pair(row, "chosen", "rejected")
+    return Preference(prompt=prompt, chosen=chosen, rejected=rejected)
+
+
+def parse_safety(row: RawRow) -> SafetyJudgement:
+    """Return a row with `prompt`, `safer`, `less_safe`, `safer_is_safe` and `less_safe_is_safe`.
+
+    Raises:
+        ValueError: that says what is wrong with it.
+    """
+    prompt, safer, less_safe = _pair(row, "safer", "less_safe")
+    labels = [_column(row, name) for name in ("safer_is_safe", "less_safe_is_safe")]
+    for name, label in zip(("safer_is_safe", "less_safe_is_safe"), labels, strict=True):
+        if not isinstance(label, bool):
+            raise ValueError(f"{name} must be true or false, got {label!r:.80}")
+    if labels == [False, True]:
+        raise ValueError("the safer response must be safe where the less safe one is, got labels that contradict it")
+    return SafetyJudgement(
+        prompt=prompt, safer=safer, less_safe=less_safe, safer_is_safe=labels[0], less_safe_is_safe=labels[1]
+    )
 
 
 def split(judgements: Sequence[Judgement], *, held_out_fraction: float, seed: int) -> Split[Judgement]:
@@ -112,6 +150,18 @@ def _column(row: RawRow, name: str) -> Any:
     if row.value.get(name) is None:
         raise ValueError(f"{name} must be there, got columns {sorted(row.value)}")
     return row.value[name]
+
+
+def _pair(row: RawRow, one: str, other: str) -> tuple[Prompt, str, str]:
+    """Return the prompt and two different responses to it."""
+    prompt = _column(row, "prompt")
+    if not isinstance(prompt, str | list):
+        raise ValueError(f"prompt must be a string or a list of messages, got {type(prompt).__name__}")
+    first, second = (_response(_column(row, name), name) for name in (one, other))
+    if first == second:
+        raise ValueError(f"{one} and {other} must differ, got {first!r:.80} twice")
+    parsed = parse_prompt(_text(prompt, "prompt")) if isinstance(prompt, str) else check_messages(prompt)
+    return parsed, first, second
 
 
 def _text(value: Any, what: str) -> str:

@@ -2,7 +2,8 @@
 
 Which estimator where: in the reward k1, whose penalty has the right gradient through the policy-gradient theorem; in a
 loss k2, whose own gradient is that of the KL; k3 for monitoring, because it is unbiased like k1 but never negative.  As
-a loss k1 has no gradient in expectation, and k3 has that of KL(other || policy).
+a loss k1 has no gradient in expectation, and k3 has that of KL(other || policy).  Multiplied by the ratio to the policy
+that sampled, its gradient included, each has the gradient of the mean that it estimates: k1 and k3 that of the KL.
 """
 
 import math
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     import torch
 
-    from learner.config import KLConfig
+    from learner.algorithm_config import KLConfig
 
 _MAX_ERROR = 0.2
 """The controller reacts to a KL that is 20% off as it does to one that is 200% off."""
@@ -32,6 +33,10 @@ def k3(logprobs: "torch.Tensor", other_logprobs: "torch.Tensor") -> "torch.Tenso
     """Return other / policy - 1 - log(other / policy): unbiased, never negative.  Source: Schulman 2020."""
     log_ratio = logprobs - other_logprobs
     return (-log_ratio).expm1() + log_ratio
+
+
+ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3}
+"""By the name in `KLConfig.estimator`."""
 
 
 class KLController(Protocol):

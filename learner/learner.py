@@ -1,14 +1,16 @@
-"""One rank of the learner: the epoch loop of PPO over a step's batch.
+"""One rank of the learner: the epoch loop over a step's batch.
 
 What each rank computes is fixed by the plan; every denominator is the minibatch's global one, so parameters do not
 depend on how many ranks or micro-batches there are.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import pyarrow as pa
 import torch
+from transformers import PreTrainedModel
 
 from actors.config import PolicyConfig
 from actors.faults import fault
@@ -16,14 +18,22 @@ from actors.policy import load_model, resolve_dtype
 from actors.rows import GroupRow, PromptGroup, split_responses
 from actors.weights import Publication, WeightTransport
 from learner import state
+from learner.algorithm_config import AlgorithmConfig
 from learner.batch import Microbatch, StepPlan, Update
-from learner.config import AlgorithmConfig, LearnerConfig
-from learner.experience import FirstPass, Sample, SampleTargets, judge, prompt_groups, read_samples, sample_indices
-from learner.losses import SHARE_NAMES, PPOLoss, Predictions, Targets, aggregation_weights
+from learner.config import LearnerConfig
+from learner.experience import FirstPass, judge
+from learner.losses import aggregation_weights
+from learner.meters import Meter, summarise
 from learner.model import Scoring
 from learner.networks import Networks
+from learner.objective import SHARE_NAMES, MinibatchLoss, Predictions, Weighting, minibatch_loss
+from learner.off_policy import mismatch
 from learner.optimizer import NonFiniteError
 from learner.publisher import Publisher, export_policy
+from learner.reference import MovingReference
+from learner.samples import Sample, prompt_groups, read_samples, sample_indices
+from learner.step_batch import StepBatch
+from reward.credit_config import CreditConfig
 
 _EMPTY = (PromptGroup(prompt_ids=[0], responses=[[0]]),)
 """What an empty micro-batch computes, with weight 0: sharded parameters are gathered by all ranks together."""
@@ -62,6 +72,8 @@ class LearnerRank:
         device: str,
         num_threads: int,
         transport: WeightTransport,
+        max_new_tokens: int,
+        credit: CreditConfig | None = None,
     ) -> None:
         assert world_size == learner.num_ranks, f"the gang has {world_size} ranks, its config {learner.num_ranks}"
         if num_threads > 0:
@@ -71,17 +83,22 @@ class LearnerRank:
         self._algorithm = algorithm
         self._rank = rank
         self._device = torch.device(device)
+        self._max_new_tokens, self._credit = max_new_tokens, credit
         dtype = resolve_dtype(policy.dtype, self._device)
-        self._records_are_old = dtype == torch.float32
-        model = load_model(model_dir, dtype=dtype, device=self._device, trust_remote_code=policy.trust_remote_code)
+        self._is_exact = dtype == torch.float32
+        self._records_are_old = _records_are_old(algorithm, is_exact=self._is_exact)
+        model = self._load_model(policy, dtype)
         scoring = Scoring(
             temperature=temperature,
             chunk_tokens=learner.chunk_tokens,
             entropy_gradient=algorithm.entropy_coef > 0,
         )
-        self._networks = Networks(model, learner, scoring=scoring, dtype=dtype, rank=rank)
+        self._networks = Networks(
+            model, learner, scoring=scoring, dtype=dtype, rank=rank, has_values=algorithm.needs_values
+        )
         self._version: int | None = None  # published last; None = the weights that were loaded
         self._publisher = Publisher(self._networks.module.policy, self._networks.policy, transport)
+        self._reference = self._moving_reference(policy, learner, temperature)
         self._saver = state.Saver()
 
     def step(self, tables: Sequence[pa.Table], plan: StepPlan) -> dict[str, float] | Skipped:
@@ -100,17 +117,20 @@ class LearnerRank:
         """
         samples = read_samples(tables, plan)
         first_pass = self._first_pass(samples, plan)
-        targets, metrics = judge(samples, first_pass, plan, self._algorithm)
-        batch = _Batch(plan=plan, samples=samples, targets=targets)
+        targets, metrics = judge(samples, first_pass, plan, self._algorithm, self._credit)
+        batch = StepBatch(plan=plan, samples=samples, targets=targets)
         num_updates = self._num_updates()
         fault("learner.before_backward", self._rank)
         try:
-            meters = [self._update(update, batch, is_first=index == 0) for index, update in enumerate(plan.updates)]
+            meters = self._updates(batch)
         except NonFiniteError as error:
             return Skipped(reason=str(error), has_changed=self._num_updates() != num_updates)
         fault("learner.after_update", self._rank)
+        log_ratios = self._log_ratios(meters[0], batch)
         self._check_gap(meters[0].gap, plan)
-        return metrics | _summarise(meters, plan)
+        if self._reference is not None:
+            self._reference.follow(plan.step)
+        return metrics | mismatch(log_ratios) | summarise(meters, plan, self._algorithm)
 
     def publish(self, version: int, incarnation: int) -> Publication | None:
         """Make the policy's weights available as `version`; rank 0 returns the announcement, other ranks None."""
@@ -124,7 +144,7 @@ class LearnerRank:
         Raises:
             StateError: when the save before is not finished.
         """
-        self._saver.begin(directory, self._networks.engines)
+        self._saver.begin(directory, self._stateful)
 
     def finish_save(self) -> list[str]:
         """Wait until this rank's share is written; return the names of its files.
@@ -137,7 +157,7 @@ class LearnerRank:
 
     def load_state(self, directory: str) -> None:
         """Continue from a saved state, of any number of ranks and any ZeRO stage."""
-        state.load_state(directory, self._networks.engines)
+        state.load_state(directory, self._stateful)
 
     def export_policy(self, directory: str) -> None:
         """Write the policy as a Hugging Face model directory, with its tokenizer; rank 0 writes."""
@@ -151,82 +171,148 @@ class LearnerRank:
         """Free the engines."""
         self._networks.close()
 
+    @property
+    def _stateful(self) -> dict[str, state.Stateful]:
+        """What a checkpoint holds, by name; the policy first."""
+        moving = {} if self._reference is None else {"reference": self._reference}
+        return {**self._networks.engines, **moving}
+
+    def _load_model(self, policy: PolicyConfig, dtype: torch.dtype) -> PreTrainedModel:
+        return load_model(self._model_dir, dtype=dtype, device=self._device, trust_remote_code=policy.trust_remote_code)
+
+    def _moving_reference(
+        self, policy: PolicyConfig, learner: LearnerConfig, temperature: float
+    ) -> MovingReference | None:
+        config = self._algorithm.reference
+        if config.mode == "fixed":
+            return None
+        # Small changes of an average would be lost in half precision.
+        dtype = torch.float32 if config.mode == "ema" else resolve_dtype(policy.dtype, self._device)
+        return MovingReference(
+            self._load_model(policy, dtype),
+            self._publisher,
+            config,
+            temperature=temperature,
+            chunk_tokens=learner.chunk_tokens,
+            rank=self._rank,
+            world_size=learner.num_ranks,
+        )
+
     def _num_updates(self) -> int:
         """Return the number of updates of all engines."""
         return sum(engine.num_updates for engine in self._networks.engines.values())
 
     @torch.no_grad()
     def _first_pass(self, samples: Sequence[Sample], plan: StepPlan) -> list[FirstPass]:
-        """Compute all values (and old log-probs where the recorded ones are not them), sharing the work over ranks."""
+        """Compute what this step's targets need (values, old and reference log-probs), sharing the work over ranks."""
+        needs_forward = self._networks.has_values or not self._records_are_old
+        if not needs_forward and self._reference is None:
+            return [_without_networks(sample) for sample in samples]
         mine: dict[int, FirstPass] = {}
         for microbatch in plan.value_ranks[self._rank]:
             row = self._row(microbatch, samples, plan)
-            forward = self._networks.forward(row, has_tokens=not self._records_are_old)
-            values = split_responses(forward.values.cpu(), [length + 1 for length in row.lengths])
-            logprobs: Sequence[torch.Tensor | None] = [None] * len(values)
-            if not self._records_are_old:
-                logprobs = split_responses(forward.logprobs.cpu(), row.lengths)
-            # an empty micro-batch has no samples: what its dummy row says is dropped here
-            for index, value, old in zip(sample_indices(microbatch, plan), values, logprobs, strict=False):
-                mine[index] = FirstPass(values=value, logprobs=old)
+            indices = sample_indices(microbatch, plan)
+            parts = [_without_networks(samples[index]) for index in indices]
+            if needs_forward:
+                forward = self._networks.forward(row, has_tokens=not self._records_are_old)
+                if self._networks.has_values:
+                    values = split_responses(forward.values.cpu(), [length + 1 for length in row.lengths])
+                    parts = [replace(part, values=value) for part, value in zip(parts, values, strict=False)]
+                if not self._records_are_old:
+                    old = split_responses(forward.logprobs.cpu(), row.lengths)
+                    parts = [replace(part, logprobs=logprobs) for part, logprobs in zip(parts, old, strict=False)]
+            if self._reference is not None:
+                theirs = split_responses(self._reference.logprobs(row).cpu(), row.lengths)
+                parts = [replace(part, ref_logprobs=logprobs) for part, logprobs in zip(parts, theirs, strict=False)]
+            # an empty micro-batch has no samples: what its dummy row says is dropped by the zips
+            mine |= dict(zip(indices, parts, strict=True))
         merged: dict[int, FirstPass] = {}
-        for part in self._networks.policy.all_gather(mine):
-            merged |= part
+        for part_of_rank in self._networks.policy.all_gather(mine):
+            merged |= part_of_rank
         return [merged[index] for index in range(len(samples))]
 
-    def _update(self, update: Update, batch: "_Batch", *, is_first: bool) -> "_Meter":
+    def _updates(self, batch: StepBatch) -> list[Meter]:
+        """Run the step's updates, until the policy is further from the old one than allowed."""
+        meters: list[Meter] = []
+        for update in batch.plan.updates:
+            meters.append(self._update(update, batch, is_first=not meters))
+            limit = self._algorithm.target_kl
+            if limit is not None and meters[-1].share("approx_kl") > limit:
+                break
+        return meters
+
+    def _update(self, update: Update, batch: StepBatch, *, is_first: bool) -> Meter:
         """Run one minibatch's micro-batches and the optimizer update."""
         sums = torch.zeros(len(SHARE_NAMES), dtype=torch.float64)
         maxima = torch.zeros(2, dtype=torch.float64)  # ratio, gap to the recorded log-probs
+        log_ratios: list[torch.Tensor] = []
         for microbatch in update.ranks[self._rank]:
-            loss, gap = self._microbatch(microbatch, update, batch)
+            loss, logprobs = self._microbatch(microbatch, update, batch)
             sums += loss.shares.cpu()
+            members = [batch.samples[index] for index in sample_indices(microbatch, batch.plan)]
+            gap = torch.zeros(())
+            if is_first and members:
+                differences = logprobs.cpu() - torch.cat([sample.logprobs for sample in members])
+                gap = self._gap(differences, members)
+                log_ratios.append(differences[torch.cat([sample.loss_mask for sample in members])])
             maxima = torch.maximum(maxima, torch.stack([loss.ratio_max.detach().cpu(), gap]).double())
         gradient_norm = self._networks.step(update.learning_rate)
         engine = self._networks.policy
         maxima = engine.all_reduce(maxima, "max")
-        return _Meter(
+        return Meter(
             shares=engine.all_reduce(sums),
             ratio_max=float(maxima[0]),
-            gap=float(maxima[1]) if is_first else 0.0,
+            gap=float(maxima[1]),
             gradient_norm=gradient_norm,
+            log_ratios=log_ratios,
         )
 
-    def _microbatch(self, microbatch: Microbatch, update: Update, batch: "_Batch") -> tuple[PPOLoss, torch.Tensor]:
-        """Run one forward and backward; return its loss and how far its log-probs are from the recorded ones."""
+    def _microbatch(
+        self, microbatch: Microbatch, update: Update, batch: StepBatch
+    ) -> tuple[MinibatchLoss, torch.Tensor]:
+        """Run one forward and backward; return its loss and the current log-probs."""
         row = self._row(microbatch, batch.samples, batch.plan)
         forward = self._networks.forward(row)
-        predictions = Predictions(
-            logprobs=forward.logprobs, entropy=forward.entropy, values=forward.values[row.token_states]
-        )
+        values = forward.values[row.token_states] if self._networks.has_values else None
+        predictions = Predictions(logprobs=forward.logprobs, entropy=forward.entropy, values=values)
         indices = sample_indices(microbatch, batch.plan)
-        targets = batch.select(indices, self._device) if indices else _no_targets(row.targets.shape, self._device)
+        targets = batch.select(indices, row.targets.shape[0], self._device)
+        if len(batch.plan.updates) == 1 and self._is_exact and self._algorithm.off_policy.old_logprobs == "auto":
+            # The only update of a step starts from the old policy itself: the ratio is 1 to the last bit.
+            targets = replace(targets, old_logprobs=forward.logprobs.detach())
         weights = aggregation_weights(
             row.lengths,
             targets.loss_mask,
             self._algorithm.aggregation,
             total_tokens=update.num_tokens,
             total_sequences=update.num_sequences,
+            norm_tokens=self._max_new_tokens,
         )
-        loss = self._networks.backward(
-            predictions, targets, weights, algorithm=self._algorithm, total_tokens=update.num_tokens
+        weighting = Weighting(
+            lengths=row.lengths, weights=weights, total_tokens=update.num_tokens, kl_coef=batch.plan.kl_coef
         )
-        return loss, self._gap(forward.logprobs.detach().cpu(), [batch.samples[index] for index in indices])
+        loss = minibatch_loss(predictions, targets, weighting, self._algorithm)
+        self._networks.backward(loss)
+        return loss, forward.logprobs.detach()
 
-    def _gap(self, logprobs: torch.Tensor, samples: Sequence[Sample]) -> torch.Tensor:
+    def _log_ratios(self, first: Meter, batch: StepBatch) -> torch.Tensor:
+        """Return log(learner / recorded) of loss tokens: all where the learner scored all, else the first minibatch."""
+        if not self._records_are_old:
+            differences = [t.old_logprobs - s.logprobs for t, s in zip(batch.targets, batch.samples, strict=True)]
+            return torch.cat(differences)[torch.cat([sample.loss_mask for sample in batch.samples])]
+        mine = torch.cat(first.log_ratios).numpy() if first.log_ratios else np.zeros(0, np.float32)
+        return torch.from_numpy(np.concatenate(self._networks.policy.all_gather(mine)))
+
+    def _gap(self, differences: torch.Tensor, samples: Sequence[Sample]) -> torch.Tensor:
         """Return the largest difference to recorded log-probs, over loss tokens sampled from the published version."""
-        if not samples:
-            return torch.zeros(())
-        versions = torch.cat([sample.policy_versions for sample in samples])
         comparable = torch.cat([sample.loss_mask for sample in samples])
         if self._version is not None:
-            comparable &= versions == self._version
-        differences = (logprobs - torch.cat([sample.logprobs for sample in samples])).abs()
-        return torch.where(comparable, differences, 0.0).max()
+            comparable = comparable & (torch.cat([sample.policy_versions for sample in samples]) == self._version)
+        return torch.where(comparable, differences.abs(), 0.0).max()
 
     def _check_gap(self, gap: float, plan: StepPlan) -> None:
         """Prove weight sync, masks and temperature at every step: in float32 both sides compute the same numbers."""
-        if self._records_are_old and self._version is not None and gap > MAX_LOGPROB_GAP:
+        if self._is_exact and self._version is not None and gap > MAX_LOGPROB_GAP:
             raise MismatchError(
                 f"recorded log-probs must equal the learner's within {MAX_LOGPROB_GAP:g}, got a difference of "
                 f"{gap:.3g} (step {plan.step}); the engine samples from other weights, or attends in another way"
@@ -237,51 +323,11 @@ class LearnerRank:
         return self._networks.module.scorer.row(groups).to(self._device)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Batch:
-    """A step's samples and what their tokens are compared with, in the plan's order."""
-
-    plan: StepPlan
-    samples: Sequence[Sample]
-    targets: Sequence[SampleTargets]
-
-    def select(self, indices: Sequence[int], device: torch.device) -> Targets:
-        """Return the targets of some samples' tokens, one after another."""
-        chosen = [self.targets[index] for index in indices]
-        return Targets(
-            old_logprobs=torch.cat([target.old_logprobs for target in chosen]).to(device),
-            old_values=torch.cat([target.old_values for target in chosen]).to(device),
-            advantages=torch.cat([target.advantages for target in chosen]).to(device),
-            returns=torch.cat([target.returns for target in chosen]).to(device),
-            loss_mask=torch.cat([self.samples[index].loss_mask for index in indices]).to(device),
-        )
+def _without_networks(sample: Sample) -> FirstPass:
+    return FirstPass(values=torch.zeros(sample.logprobs.shape[0] + 1))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Meter:
-    """Diagnostics of one update, over all ranks."""
-
-    shares: torch.Tensor
-    """[5], see `SHARE_NAMES`."""
-    ratio_max: float
-    gap: float
-    gradient_norm: float
-
-
-def _no_targets(shape: torch.Size, device: torch.device) -> Targets:
-    """Return the targets of an empty micro-batch: nothing counts."""
-    zeros = torch.zeros(shape, device=device)
-    mask = torch.zeros(shape, dtype=torch.bool, device=device)
-    return Targets(old_logprobs=zeros, old_values=zeros, advantages=zeros, returns=zeros, loss_mask=mask)
-
-
-def _summarise(meters: Sequence[_Meter], plan: StepPlan) -> dict[str, float]:
-    """Return the step's metrics: means over its updates, maxima over all of them."""
-    means = torch.stack([meter.shares for meter in meters]).mean(0).tolist()
-    return dict(zip(SHARE_NAMES, means, strict=True)) | {
-        "ratio_max": max(meter.ratio_max for meter in meters),
-        "learner_logprob_gap": max(meter.gap for meter in meters),
-        "grad_norm": sum(meter.gradient_norm for meter in meters) / len(meters),
-        "learning_rate": plan.updates[-1].learning_rate,
-        "num_tokens": float(sum(update.num_tokens for update in plan.updates if update.epoch == 0)),
-    }
+def _records_are_old(algorithm: AlgorithmConfig, *, is_exact: bool) -> bool:
+    """Return whether recorded log-probs stand for the old policy's; in half precision they are the engine's own."""
+    setting = algorithm.off_policy.old_logprobs
+    return is_exact if setting == "auto" else setting == "recorded"

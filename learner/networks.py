@@ -1,4 +1,4 @@
-"""The networks of one rank with their optimizer engines: one for policy and value head, or two with a separate critic.
+"""The networks of one rank with their optimizer engines: policy with or without a value head, or a separate critic.
 
 The epoch loop asks for predictions, hands losses back and steps; it does not know how many engines there are.
 """
@@ -9,9 +9,9 @@ import torch
 from transformers import PreTrainedModel
 
 from actors.rows import GroupRow
-from learner.config import AlgorithmConfig, LearnerConfig
-from learner.losses import PPOLoss, Predictions, Targets, ppo_loss, value_loss
+from learner.config import LearnerConfig
 from learner.model import Critic, PolicyAndValue, Scoring, add_lora
+from learner.objective import MinibatchLoss
 from learner.optimizer import NonFiniteError, OptimizerEngine, make_engine
 
 
@@ -24,7 +24,7 @@ class Forward:
     entropy: torch.Tensor
     """[S]; empty when not wanted."""
     values: torch.Tensor
-    """[S + N], R + 1 for each response."""
+    """[S + N], R + 1 for each response; empty without a value function."""
 
 
 class Networks:
@@ -36,14 +36,23 @@ class Networks:
         scoring: temperature and chunks.
         dtype: of the forward passes.
         rank: this process among `config.num_ranks`.
+        has_values: whether there is a value function.
     """
 
     def __init__(
-        self, model: PreTrainedModel, config: LearnerConfig, *, scoring: Scoring, dtype: torch.dtype, rank: int
+        self,
+        model: PreTrainedModel,
+        config: LearnerConfig,
+        *,
+        scoring: Scoring,
+        dtype: torch.dtype,
+        rank: int,
+        has_values: bool = True,
     ) -> None:
         self._scoring = scoring
+        self.has_values = has_values
         self.device = model.device
-        is_separate = config.critic == "separate"
+        is_separate = has_values and config.critic == "separate"
         critic = Critic(model) if is_separate else None
         if config.gradient_checkpointing:
             for trunk in (model, critic.trunk) if critic else (model,):
@@ -53,7 +62,7 @@ class Networks:
             add_lora(model, config.lora)
             if critic is not None:
                 add_lora(critic.trunk, config.lora)
-        self.module = PolicyAndValue(model, has_value_head=not is_separate)
+        self.module = PolicyAndValue(model, has_value_head=has_values and not is_separate)
         self.policy = self._engine(self.module, config, dtype=dtype, rank=rank)
         self.critic = self._engine(critic, config, dtype=dtype, rank=rank) if critic else None
 
@@ -72,27 +81,14 @@ class Networks:
         logprobs, entropy = self.policy.forward(row, scoring)[:2] if has_tokens else (empty, empty)
         return Forward(logprobs=logprobs, entropy=entropy, values=self.critic.forward(row))
 
-    def backward(
-        self,
-        predictions: Predictions,
-        targets: Targets,
-        weights: torch.Tensor,
-        *,
-        algorithm: AlgorithmConfig,
-        total_tokens: int,
-    ) -> PPOLoss:
-        """Accumulate the gradients of one micro-batch's share of the loss; see `ppo_loss`."""
+    def backward(self, loss: MinibatchLoss) -> None:
+        """Accumulate the gradients of one micro-batch's share of the loss."""
         if self.critic is None:
-            loss = ppo_loss(predictions, targets, weights, algorithm=algorithm, total_tokens=total_tokens)
-            self.policy.backward(loss.total)
-            return loss
-        constant = replace(predictions, values=predictions.values.detach())
-        loss = ppo_loss(constant, targets, weights, algorithm=algorithm, total_tokens=total_tokens)
-        clip_range = algorithm.value_clip_range
-        values = value_loss(predictions.values, targets.old_values, targets.returns, clip_range=clip_range)
-        self.policy.backward(loss.total)
-        self.critic.backward(algorithm.value_coef * (values * weights).sum())
-        return loss
+            self.policy.backward(loss.policy if loss.value is None else loss.policy + loss.value)
+            return
+        assert loss.value is not None, "a critic has values"
+        self.policy.backward(loss.policy)
+        self.critic.backward(loss.value)
 
     def step(self, learning_rate: float) -> float:
         """Update all networks; return the policy's gradient norm.

@@ -6,7 +6,7 @@ The value head is not part of the policy and never leaves; tied weights leave on
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -85,10 +85,14 @@ class Publisher:
 
     def tensors(self) -> Iterator[list[tuple[str, torch.Tensor]]]:
         """Yield buckets of (canonical name, tensor on the CPU) on rank 0, empty ones elsewhere; collective."""
+        for bucket in self.gathered():
+            yield [(name, tensor.cpu()) for name, tensor in bucket()] if self.is_first_rank else []
+
+    def gathered(self) -> Iterator[Callable[[], list[tuple[str, torch.Tensor]]]]:
+        """Yield, bucket by bucket, a function to (canonical name, whole tensor on the device); collective."""
         for bucket in self._buckets:
             with self._engine.gathered([p for source in bucket for p in source.parameters]), torch.no_grad():
-                named = [(source.name, source.tensor().cpu()) for source in bucket] if self.is_first_rank else []
-                yield named
+                yield lambda bucket=bucket: [(source.name, source.tensor()) for source in bucket]  # type: ignore[misc]
 
 
 def export_policy(publisher: Publisher, directory: str, *, model_dir: str) -> None:

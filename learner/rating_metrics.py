@@ -66,7 +66,24 @@ def preference_accuracy(chosen: np.ndarray, rejected: np.ndarray, clusters: np.n
         clusters: [N] integers, equal for pairs with one prompt; prompts are resampled, not pairs.
         seed: of the bootstrap.
     """
-    wins = (np.sign(chosen - rejected) + 1.0) / 2.0
+    return _clustered_share((np.sign(chosen - rejected) + 1.0) / 2.0, clusters, seed=seed)
+
+
+def sign_accuracy(costs: np.ndarray, is_safe: np.ndarray, clusters: np.ndarray, *, seed: int) -> Estimate:
+    """Return the share of responses whose cost is negative if they are safe and positive if not; 0 counts one half.
+
+    Args:
+        costs: [N].
+        is_safe: [N] bool.
+        clusters: [N] integers, equal for responses to one prompt; prompts are resampled.
+        seed: of the bootstrap.
+    """
+    signs = np.where(is_safe, -1.0, 1.0)
+    return _clustered_share((np.sign(costs * signs) + 1.0) / 2.0, clusters, seed=seed)
+
+
+def _clustered_share(wins: np.ndarray, clusters: np.ndarray, *, seed: int) -> Estimate:
+    """Return the mean of wins [N], its interval over resamples of clusters."""
     _, cluster = np.unique(clusters, return_inverse=True)
     won, count = np.bincount(cluster, wins), np.bincount(cluster).astype(np.float64)
 

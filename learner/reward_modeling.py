@@ -1,10 +1,8 @@
-"""Reward-model training: regression on human ratings, or Bradley-Terry on preferences.
+"""Reward-model training on human ratings or preferences, and cost-model training on judgements of safety.
 
-    regression      (r - (rating - mean) / std)^2           r: the head's output
-    bradley_terry   -log sigmoid(r_chosen - r_rejected)     (Stiennon et al. 2020, Eq. 1)
-
-The result is normalised to mean 0 and standard deviation 1 on training texts, and measured on texts (or prompts) that
-it never saw.
+The result is measured on texts (or prompts) that it never saw.  A reward model is normalised to mean 0 and standard
+deviation 1 on training texts; a cost model is left as it is: 0 is its boundary, and sigmoid(cost) the probability that
+a response is unsafe.
 """
 
 import json
@@ -15,16 +13,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 
 from actors.cache import replace_directory
 from actors.dataset import Quarantined, open_dataset
 from actors.encoding import Prompt
 from actors.policy import resolve_dtype
 from learner.config import RewardModelConfig
-from learner.judgements import Preference, Rating, Split, parse_preference, parse_rating, split
-from learner.optimizer import OptimizerEngine, ParameterGroup, make_engine
-from learner.rating_metrics import pairwise_accuracy, pearson, preference_accuracy
+from learner.judgements import Rating, Split, parse_preference, parse_rating, parse_safety, split
+from learner.optimizer import ParameterGroup, make_engine
+from learner.rating_metrics import pairwise_accuracy, pearson, preference_accuracy, sign_accuracy
+from learner.reward_objectives import MICROBATCH_TOKENS, BradleyTerry, CostModel, Regression
 from learner.training import (
     SETTINGS_FILE,
     Objective,
@@ -41,7 +39,7 @@ from reward.model import RewardModel, pad_rows
 
 METRICS_FILE = "metrics.json"
 _NUM_REFERENCE_TEXTS = 512
-_MICROBATCH_TOKENS = 8192
+_PARSERS = {"regression": parse_rating, "bradley_terry": parse_preference, "cost": parse_safety}
 
 Metrics = dict[str, float]
 """`test_pearson` and such; `..._low` and `..._high` are the ends of its 95% interval."""
@@ -67,12 +65,11 @@ def train(config: RewardModelConfig, *, cache_dir: str, progress: Progress = sil
     if config.training.num_threads:
         torch.set_num_threads(config.training.num_threads)
     dataset = open_dataset(config.data.path, config.data.make, cache_dir=cache_dir)
-    is_regression = config.objective == "regression"
-    parse: Any = parse_rating if is_regression else parse_preference
+    parse: Any = _PARSERS[config.objective]
     judgements, quarantined = read_examples(dataset, parse, strict=config.data.strict)
     seed = config.training.seed
     parts = split(judgements, held_out_fraction=config.held_out_fraction, seed=seed)
-    if is_regression:
+    if config.objective == "regression":
         _check_margin(parts, config.pair_margin)
     training = limited(parts.train, config.data.limit, seed=seed)
     parts = Split(train=training, validation=parts.validation, test=parts.test)
@@ -90,44 +87,6 @@ def train(config: RewardModelConfig, *, cache_dir: str, progress: Progress = sil
     return RewardModelResult(
         directory=directory, num_train=len(training), metrics=metrics, quarantined=tuple(quarantined)
     )
-
-
-class Regression:
-    """Objective: squared error on ratings standardised by the training part's moments."""
-
-    microbatch_tokens = _MICROBATCH_TOKENS
-
-    def __init__(self, encoded: Sequence[list[int]], ratings: Sequence[float], device: torch.device) -> None:
-        self._encoded = encoded
-        self._device = device
-        values = torch.tensor(ratings, dtype=torch.float32)
-        self._targets = (values - values.mean()) / values.std(correction=0).clamp_min(1e-12)
-        self.lengths = [len(ids) for ids in encoded]
-        self.units = [1] * len(encoded)
-
-    def loss_sum(self, engine: OptimizerEngine, examples: Sequence[int]) -> torch.Tensor:
-        """Return the summed squared errors of some texts."""
-        scores = engine.forward(*pad_rows([self._encoded[index] for index in examples], device=self._device))
-        return (scores.float() - self._targets[list(examples)].to(self._device)).square().sum()
-
-
-class BradleyTerry:
-    """Objective: minus the log-probability that the chosen response is preferred."""
-
-    microbatch_tokens = _MICROBATCH_TOKENS // 2  # two texts each
-
-    def __init__(self, chosen: Sequence[list[int]], rejected: Sequence[list[int]], device: torch.device) -> None:
-        self._chosen = chosen
-        self._rejected = rejected
-        self._device = device
-        self.lengths = [max(len(a), len(b)) for a, b in zip(chosen, rejected, strict=True)]
-        self.units = [1] * len(chosen)
-
-    def loss_sum(self, engine: OptimizerEngine, examples: Sequence[int]) -> torch.Tensor:
-        """Return the summed losses of some pairs."""
-        rows = [self._chosen[index] for index in examples] + [self._rejected[index] for index in examples]
-        chosen, rejected = engine.forward(*pad_rows(rows, device=self._device)).float().chunk(2)
-        return -F.logsigmoid(chosen - rejected).sum()
 
 
 class _Trainer:
@@ -153,8 +112,9 @@ class _Trainer:
     def run(self, parts: Split[Any], *, directory: str, progress: Progress) -> Metrics:
         objective = self._objective(parts.train)
         fit(self._engine, objective, self._config.training, directory=directory, progress=progress)
-        reference = limited(_texts(parts.train), _NUM_REFERENCE_TEXTS, seed=self._config.training.seed)
-        self._model.normalize(self._scores(reference).tolist())
+        if self._config.objective != "cost":  # moved or scaled, 0 and the sigmoid would no longer mean what they do
+            reference = limited(_texts(parts.train), _NUM_REFERENCE_TEXTS, seed=self._config.training.seed)
+            self._model.normalize(self._scores(reference).tolist())
         length_sign = self._length_sign(parts.train)
         metrics: Metrics = {"num_train": len(parts.train)}
         for name, part in (("validation", parts.validation), ("test", parts.test)):
@@ -168,8 +128,12 @@ class _Trainer:
     def _objective(self, part: Sequence[Any]) -> Objective:
         if self._config.objective == "regression":
             return Regression([self._encode(r.text) for r in part], [r.rating for r in part], self._device)
-        chosen = [self._encode(pair.chosen, pair.prompt) for pair in part]
-        return BradleyTerry(chosen, [self._encode(pair.rejected, pair.prompt) for pair in part], self._device)
+        encoded = [self._encode(text, prompt) for prompt, text in _texts(part)]
+        higher, lower = encoded[: len(part)], encoded[len(part) :]
+        if self._config.objective == "bradley_terry":
+            return BradleyTerry(higher, lower, self._device)
+        is_safe = [(pair.less_safe_is_safe, pair.safer_is_safe) for pair in part]
+        return CostModel(higher, lower, is_safe=is_safe, device=self._device)
 
     def _encode(self, text: str, prompt: Prompt | None = None) -> list[int]:
         return self._model.encode(text, prompt=prompt, max_tokens=self._config.training.max_tokens)
@@ -180,7 +144,7 @@ class _Trainer:
         lengths = [len(row) for row in rows]
         order = sorted(range(len(rows)), key=lengths.__getitem__)
         scores = np.zeros(len(rows))
-        for part in microbatches(order, lengths, max_tokens=_MICROBATCH_TOKENS):
+        for part in microbatches(order, lengths, max_tokens=MICROBATCH_TOKENS):
             with torch.no_grad():
                 found = self._engine.forward(*pad_rows([rows[index] for index in part], device=self._device))
             scores[part] = found.float().cpu().numpy()
@@ -201,22 +165,24 @@ class _Trainer:
             prompts = np.unique([pair.split_key for pair in part], return_inverse=True)[1]
             judges = {"pairwise_accuracy": np.split(scores, 2), "length_only_accuracy": np.split(lengths, 2)}
             estimates = {
-                name: preference_accuracy(chosen, rejected, prompts, seed=seed)
-                for name, (chosen, rejected) in judges.items()
+                name: preference_accuracy(higher, lower, prompts, seed=seed) for name, (higher, lower) in judges.items()
             }
+        if self._config.objective == "cost":
+            is_safe = np.array([pair.less_safe_is_safe for pair in part] + [pair.safer_is_safe for pair in part])
+            estimates["sign_accuracy"] = sign_accuracy(scores, is_safe, np.tile(prompts, 2), seed=seed)
         metrics: Metrics = {"num_rows": len(part)}
         for name, estimate in estimates.items():
             metrics |= {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
         return metrics
 
     def _length_sign(self, part: Sequence[Any]) -> float:
-        """Return whether longer (1) or shorter (-1) texts are liked better, so that the baseline knows as well."""
+        """Return whether longer (1) or shorter (-1) texts score higher, so that the baseline knows as well."""
         lengths = _lengths(part)
         if self._config.objective == "regression":
             liking = np.cov(lengths, [rating.rating for rating in part])[0, 1]
         else:
-            chosen, rejected = np.split(lengths, 2)
-            liking = np.sign(chosen - rejected).sum()
+            higher, lower = np.split(lengths, 2)
+            liking = np.sign(higher - lower).sum()
         return 1.0 if liking >= 0 else -1.0
 
 
@@ -238,13 +204,12 @@ def _freeze(model: RewardModel, config: RewardModelConfig) -> None:
             parameter.requires_grad_(False)
 
 
-def _texts(part: Sequence[Rating] | Sequence[Preference]) -> list[tuple[Prompt | None, str]]:
-    """Return (prompt, text) of everything judged; for preferences all chosen, then all rejected."""
+def _texts(part: Sequence[Any]) -> list[tuple[Prompt | None, str]]:
+    """Return (prompt, text) of everything judged; for pairs all that must score higher, then all the others."""
     if isinstance(part[0], Rating):
-        return [(None, rating.text) for rating in part if isinstance(rating, Rating)]
-    pairs = [pair for pair in part if isinstance(pair, Preference)]
-    chosen: list[tuple[Prompt | None, str]] = [(pair.prompt, pair.chosen) for pair in pairs]
-    return chosen + [(pair.prompt, pair.rejected) for pair in pairs]
+        return [(None, rating.text) for rating in part]
+    higher: list[tuple[Prompt | None, str]] = [(pair.prompt, pair.ordered[0]) for pair in part]
+    return higher + [(pair.prompt, pair.ordered[1]) for pair in part]
 
 
 def _lengths(part: Sequence[Any]) -> np.ndarray:

@@ -1,7 +1,8 @@
 """Composes what the judges said into one score per sample: normalise, weight, add, clip, penalise.
 
 Judges are stateless and record raw components; everything with memory is here, in the learner's checkpoint.  A
-component that does not apply to a sample is absent from its map: it is left out of the sum and counted.
+component that does not apply to a sample is absent from its map: it is left out of the sum and counted.  Costs are
+added apart, and no part of the score.
 
     accuracy 2.0 (weight 1), style -0.5 (weight 0.2), clip 1, penalty 0.5, cut off at the length limit:
     2.0 - 0.1 = 1.9 -> 1.0 -> 0.5
@@ -18,6 +19,7 @@ import pyarrow as pa
 from learner.batch import identity_order
 
 if TYPE_CHECKING:
+    from learner.penalties import Penalties
     from reward.config import RewardConfig
 
 NORMALIZE_EPS = 1e-8
@@ -60,7 +62,9 @@ class Composed:
     """The scores of a batch, and what its raw components looked like."""
 
     scores: np.ndarray
-    """[B] float64, in the row order of the samples."""
+    """[B] float64, in the row order of the samples; costs are no part of them."""
+    costs: np.ndarray
+    """[B] float64, likewise: weighted sums of the costs that apply; NaN where none does."""
     num_absent: dict[str, int]
     """Samples that each component did not apply to."""
     means: dict[str, float]
@@ -72,13 +76,13 @@ class Composed:
 class RewardComposer:
     """Turns components into scores, and remembers the running moments that normalisation needs."""
 
-    def __init__(self, reward: "RewardConfig", missing_eos_penalty: float | None) -> None:
+    def __init__(self, reward: "RewardConfig", penalties: "Penalties") -> None:
         self._reward = reward
-        self._penalty = missing_eos_penalty or 0.0
+        self._penalties = penalties
         normalized = [name for name, judge in reward.components.items() if judge.normalize == "running"]
         self._moments = {name: RunningMoments() for name in normalized}
 
-    def compose(self, samples: pa.Table, *, update: bool = True) -> Composed:
+    def compose(self, samples: pa.Table, *, step: int, update: bool = True) -> Composed:
         """Score a batch.
 
         Running moments take the batch in, in the order of its identities, before they are used; so the first batch is
@@ -86,6 +90,7 @@ class RewardComposer:
 
         Args:
             samples: SAMPLES, rows in any order.
+            step: Whose weights are used.
             update: False only looks: nothing is remembered, and moments that have seen nothing yet normalise the batch
                 by itself.
 
@@ -96,18 +101,16 @@ class RewardComposer:
         ordered = samples.take(pa.array(order))
         components = component_matrix(ordered, tuple(self._reward.components))
         moments = {name: self._seen(name, components[name], update) for name in self._moments}
-        total = np.zeros(len(order))
-        for name, judge in self._reward.components.items():
-            values = moments[name].standardized(components[name]) if name in moments else components[name]
-            total += judge.weight * np.where(np.isnan(values), 0.0, values)
+        normalized = {name: seen.standardized(components[name]) for name, seen in moments.items()}
+        total = self._weighted_sum({**components, **normalized}, role="reward", step=step)
         if self._reward.clip is not None:
             total = np.clip(total, -self._reward.clip, self._reward.clip)
-        is_cut_off = np.array([reason == "length" for reason in ordered["finish_reason"].to_pylist()], dtype=bool)
-        scores = np.empty(len(order))
-        scores[order] = total - self._penalty * is_cut_off
+        scores, costs = np.empty(len(order)), np.empty(len(order))
+        scores[order] = total - self._penalties.of_samples(ordered)
+        costs[order] = self._costs(components, step=step)
         if update:
             self._moments = moments
-        return _composed(scores, components)
+        return _composed(scores, costs, components)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the running moments, JSON-able."""
@@ -128,6 +131,20 @@ class RewardComposer:
                 "reward.components"
             )
         self._moments = {name: RunningMoments(**state[name]) for name in self._moments}
+
+    def _weighted_sum(self, values: Mapping[str, np.ndarray], *, role: str, step: int) -> np.ndarray:
+        """Return the sum of the components of a role, absent ones as 0."""
+        total = np.zeros(len(next(iter(values.values()))))
+        for name, judge in self._reward.components.items():
+            if judge.role == role:
+                total += judge.weight_at(step) * np.where(np.isnan(values[name]), 0.0, values[name])
+        return total
+
+    def _costs(self, components: Mapping[str, np.ndarray], *, step: int) -> np.ndarray:
+        names = [name for name, judge in self._reward.components.items() if judge.role == "cost"]
+        total = self._weighted_sum(components, role="cost", step=step)
+        applies = np.array([~np.isnan(components[name]) for name in names], dtype=bool).reshape(len(names), len(total))
+        return np.where(applies.any(axis=0), total, np.nan)
 
     def _seen(self, name: str, values: np.ndarray, update: bool) -> RunningMoments:
         before = self._moments[name]
@@ -157,10 +174,11 @@ def component_matrix(samples: pa.Table, names: Sequence[str]) -> dict[str, np.nd
     return matrix
 
 
-def _composed(scores: np.ndarray, components: Mapping[str, np.ndarray]) -> Composed:
+def _composed(scores: np.ndarray, costs: np.ndarray, components: Mapping[str, np.ndarray]) -> Composed:
     present = {name: values[~np.isnan(values)] for name, values in components.items()}
     return Composed(
         scores=scores,
+        costs=costs,
         num_absent={name: len(scores) - values.size for name, values in present.items()},
         means={name: float(values.mean()) if values.size else math.nan for name, values in present.items()},
         stds={name: float(values.std()) if values.size else math.nan for name, values in present.items()},

@@ -14,22 +14,40 @@ import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import safe_open
 
 from actors.faults import fault
-from learner.optimizer import OptimizerEngine
 
 INDEX = "learner.json"
 FORMAT = 2
-_PARTS = ("param", "exp_avg", "exp_avg_sq")
+_PARAM = "param"
+_PARTS = (_PARAM, "exp_avg", "exp_avg_sq")
+"""Of a parameter; what is not trained by an optimizer has the first one only."""
 _DTYPES = {torch.float32: "F32", torch.uint8: "U8"}
 
 
 class StateError(RuntimeError):
     """A saved state does not fit the learner, or saving was asked for out of turn; the message names the difference."""
+
+
+class Stateful(Protocol):
+    """Tensors that a checkpoint holds: an optimizer engine, or a reference policy that moves."""
+
+    rank: int
+    world_size: int
+
+    @property
+    def num_updates(self) -> int:
+        """Updates so far."""
+
+    def full_state(self) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+        """Yield name -> full tensors by part, in one order on all ranks; collective."""
+
+    def load_full_state(self, state: Mapping[str, Mapping[str, torch.Tensor]], num_updates: int) -> None:
+        """Take a mapping shaped like `full_state`; collective."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +65,7 @@ class Share:
         return [f"learner-{rank:05d}-of-{self.num_ranks:05d}.safetensors" for rank in range(1, self.num_ranks + 1)]
 
 
-def gather(engines: Mapping[str, OptimizerEngine]) -> Share:
+def gather(engines: Mapping[str, Stateful]) -> Share:
     """Copy this rank's share of parameters and optimizer state, and its random state, to host memory; collective."""
     first = next(iter(engines.values()))
     rank, num_ranks = first.rank, first.world_size
@@ -59,7 +77,7 @@ def gather(engines: Mapping[str, OptimizerEngine]) -> Share:
             owner = loads.index(min(loads))
             loads[owner] += state["param"].numel()
             if owner == rank:
-                tensors |= {f"{engine_name}/{name}/{part}": state[part].cpu().contiguous() for part in _PARTS}
+                tensors |= {f"{engine_name}/{name}/{part}": state[part].cpu().contiguous() for part in state}
     tensors[_rng_name(rank)] = torch.get_rng_state()
     updates = {name: engine.num_updates for name, engine in engines.items()}
     return Share(rank=rank, num_ranks=num_ranks, tensors=tensors, num_updates=updates)
@@ -93,7 +111,7 @@ class Saver:
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="learner-state")
         self._saving: Future[list[str]] | None = None
 
-    def begin(self, directory: str, engines: Mapping[str, OptimizerEngine]) -> None:
+    def begin(self, directory: str, engines: Mapping[str, Stateful]) -> None:
         """Gather, collective, and begin to write.
 
         Raises:
@@ -116,7 +134,7 @@ class Saver:
         return saving.result()
 
 
-def load_state(directory: str, engines: Mapping[str, OptimizerEngine]) -> None:
+def load_state(directory: str, engines: Mapping[str, Stateful]) -> None:
     """Put a saved state into the engines, and this rank's random state in its place; collective.
 
     A rank that the saving gang did not have takes rank 0's random state.
@@ -131,7 +149,7 @@ def load_state(directory: str, engines: Mapping[str, OptimizerEngine]) -> None:
     if set(index["num_updates"]) != set(engines):
         raise StateError(
             f"the learner state must be of {sorted(engines)}, got {sorted(index['num_updates'])} ({directory}); "
-            "resume with the same learner.critic"
+            "resume with the same learner.critic and algorithm.reference"
         )
     saved = _Files([os.path.join(directory, name) for name in index["files"]])
     for name, engine in engines.items():
@@ -166,10 +184,12 @@ class _EngineState(Mapping[str, Mapping[str, torch.Tensor]]):
         self._files, self._engine = files, engine
 
     def __getitem__(self, name: str) -> Mapping[str, torch.Tensor]:
-        return {part: self._files.tensor(f"{self._engine}/{name}/{part}") for part in _PARTS}
+        full = {part: f"{self._engine}/{name}/{part}" for part in _PARTS}
+        is_trained = any(full[part] in self._files.file_of for part in _PARTS[1:])
+        return {part: self._files.tensor(full[part]) for part in (_PARTS if is_trained else (_PARAM,))}
 
     def __iter__(self) -> Iterator[str]:
-        ending = f"/{_PARTS[0]}"
+        ending = f"/{_PARAM}"
         prefix = f"{self._engine}/"
         names = (name for name in self._files.file_of if name.startswith(prefix) and name.endswith(ending))
         return (name[len(prefix) : -len(ending)] for name in names)

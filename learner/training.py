@@ -6,7 +6,7 @@ What an example is and what it costs is the objective's business; who updates th
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -20,6 +20,9 @@ from learner.schedule import learning_rate_at
 
 Progress = Callable[[int, int, float], None]
 """Called after each update with (updates done, updates in all, loss)."""
+
+AfterUpdate = Callable[[], Mapping[str, float]]
+"""Called after each update, before the next batch; what it returns is added to the update's line in the journal."""
 
 Example = TypeVar("Example")
 
@@ -49,6 +52,11 @@ def training_device() -> torch.device:
 
 def silent(done: int, total: int, loss: float) -> None:
     """Report progress to nobody."""
+
+
+def nothing_more() -> Mapping[str, float]:
+    """Do nothing after an update, and add nothing to the journal."""
+    return {}
 
 
 def read_examples(
@@ -85,7 +93,13 @@ def limited(examples: list[Example], limit: int | None, *, seed: int) -> list[Ex
 
 
 def fit(
-    engine: OptimizerEngine, objective: Objective, config: TrainingConfig, *, directory: str, progress: Progress
+    engine: OptimizerEngine,
+    objective: Objective,
+    config: TrainingConfig,
+    *,
+    directory: str,
+    progress: Progress,
+    after_update: AfterUpdate = nothing_more,
 ) -> list[float]:
     """Train for `config.epochs`; write one line per update to the directory's journal; return the losses."""
     per_epoch = math.ceil(len(objective.lengths) / config.batch_size)
@@ -99,7 +113,7 @@ def fit(
                 norm = engine.step(rate)
                 losses.append(loss)
                 record = {"update": len(losses), "epoch": epoch, "loss": loss, "learning_rate": rate, "grad_norm": norm}
-                journal.write(json.dumps(record) + "\n")
+                journal.write(json.dumps({**record, **after_update()}) + "\n")
                 progress(len(losses), total, loss)
     return losses
 

@@ -29,3 +29,8 @@ class Ensemble:
         if len(self._members) > 1:
             deviations = scores.std(axis=0).tolist()
         return scores.mean(axis=0).tolist(), deviations
+
+    def character_attention(self, texts: Sequence[str], *, prompt: Prompt | None, max_tokens: int) -> list[np.ndarray]:
+        """Return the members' mean attention on each text's characters, see `RewardModel.character_attention`."""
+        found = [member.character_attention(texts, prompt=prompt, max_tokens=max_tokens) for member in self._members]
+        return [np.mean(maps, axis=0) for maps in zip(*found, strict=True)]

@@ -7,9 +7,10 @@ right and known by lengths, never by comparing ids with the pad token; an over-l
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -17,6 +18,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForSequenceClassification,
+    BatchEncoding,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -26,8 +28,9 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
-from actors.encoding import Prompt, PromptEncoder
+from actors.encoding import Message, Prompt, PromptEncoder
 from actors.policy import attention_implementation, load_tokenizer, local_directory, without_dropout
+from reward.attention import recorded_attention
 
 Pooling = Literal["mean", "cls", "last", "classifier"]
 """How token states become one vector; `classifier`: the trunk is a whole sequence classifier and returns the scalar."""
@@ -119,15 +122,33 @@ class RewardModel(nn.Module):
         With a prompt it is read as the answer: behind a plain prompt as it stands, after chat messages in the model's
         own chat template where it has one, else line by line.  Special tokens in a text stay text.
         """
-        if isinstance(prompt, list) and self.tokenizer.chat_template is not None and text.strip():
-            answered = [*prompt, {"role": "assistant", "content": text}]
-            return self._encoder.encode_conversation(answered)[0][-max_tokens:]
-        before = prompt if isinstance(prompt, str) else "".join(m["content"] + "\n" for m in prompt or ())
-        self.tokenizer.truncation_side = "left"  # drops the beginning, keeps what the tokenizer puts around a text
-        ids = self.tokenizer(
-            before + text, truncation=True, max_length=max_tokens - self.has_eos, split_special_tokens=True
-        ).input_ids
+        conversation = self._conversation(text, prompt)
+        if conversation is not None:
+            return self._encoder.encode_conversation(conversation)[0][-max_tokens:]
+        ids = self._read_plain(_before(prompt) + text, max_tokens).input_ids
         return [*ids, self.tokenizer.eos_token_id] if self.has_eos else ids
+
+    def spans(self, text: str, *, prompt: Prompt | None = None, max_tokens: int) -> list[tuple[int, int]]:
+        """Return which characters of a text each id of `encode` stands for, first and past the last.
+
+        Prompt, template and EOS stand for none of them.  A token that begins in the prompt stands for what it has of
+        the text.
+
+        Raises:
+            ValueError: if the tokenizer does not tell.
+        """
+        if not self.tokenizer.is_fast:
+            raise ValueError(
+                f"a reward model's tokenizer must be a fast one to tell its tokens' characters, got "
+                f"{type(self.tokenizer).__name__}; use another model or credit of kind potential"
+            )
+        conversation = self._conversation(text, prompt)
+        if conversation is not None:
+            return self._chat_spans(conversation)[-max_tokens:]
+        before = _before(prompt)
+        offsets = self._read_plain(before + text, max_tokens, return_offsets_mapping=True).offset_mapping
+        spans = [(max(start - len(before), 0), max(end - len(before), 0)) for start, end in offsets]
+        return [*spans, (0, 0)] if self.has_eos else spans
 
     def forward(self, input_ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         """Return normalised scores.
@@ -150,14 +171,37 @@ class RewardModel(nn.Module):
     @torch.inference_mode()
     def score(self, texts: Sequence[str], *, prompt: Prompt | None = None, max_tokens: int = 512) -> list[float]:
         """Return the scores of one group's texts; the bits depend on these texts alone."""
-        encoded = [self.encode(text, prompt=prompt, max_tokens=max_tokens) or [self._filler] for text in texts]
         scores: list[float] = []
-        for start in range(0, len(encoded), _MAX_ROWS):
-            part = encoded[start : start + _MAX_ROWS]
-            rows = part + [part[-1]] * (_MIN_ROWS - len(part))
-            input_ids, lengths = pad_rows(rows, device=self.head.weight.device)
-            scores += self(input_ids, lengths)[: len(part)].float().tolist()
+        for input_ids, lengths, count in self._batches(texts, prompt, max_tokens):
+            scores += self(input_ids, lengths)[:count].float().tolist()
         return scores
+
+    @torch.inference_mode()
+    def character_attention(
+        self, texts: Sequence[str], *, prompt: Prompt | None = None, max_tokens: int = 512
+    ) -> list[np.ndarray]:
+        """Return how much the last layer looks at each character of one group's texts where its state is pooled.
+
+        Mean over heads, and over positions where the mean of them is pooled; a token's attention is spread evenly over
+        its characters.  The bits depend on these texts alone.
+
+        Returns:
+            For each text [characters] float64 that sum to 1; all 0 if nothing of the text was read.
+
+        Raises:
+            ValueError: if this model's attention cannot be told.
+        """
+        weights: list[np.ndarray] = []
+        for input_ids, lengths, count in self._batches(texts, prompt, max_tokens):
+            with recorded_attention(self.trunk) as layers:
+                self(input_ids, lengths)
+            for row, length in enumerate(lengths[:count].tolist()):
+                positions = self._pooled(length).to(input_ids.device)
+                weights.append(layers[0].weights(row, positions).mean(dim=(0, 1)).double().cpu().numpy())
+        return [
+            _on_characters(row, self.spans(text, prompt=prompt, max_tokens=max_tokens), len(text))
+            for row, text in zip(weights, texts, strict=True)
+        ]
 
     def normalize(self, scores: Sequence[float]) -> None:
         """Give reference samples, whose scores these are, mean 0 and deviation 1: gain 1/sigma, bias -mu/sigma.
@@ -180,6 +224,55 @@ class RewardModel(nn.Module):
             raise ValueError(f"a reward model's head must hold {sorted(wanted)}, got {sorted(found)} ({path})")
         self.load_state_dict(found, strict=False)
 
+    def _conversation(self, text: str, prompt: Prompt | None) -> list[Message] | None:
+        """Return prompt and answer as messages, None where they are read as plain text."""
+        if isinstance(prompt, list) and self.tokenizer.chat_template is not None and text.strip():
+            return [*prompt, {"role": "assistant", "content": text}]
+        return None
+
+    def _read_plain(self, text: str, max_tokens: int, **options: bool) -> BatchEncoding:
+        self.tokenizer.truncation_side = "left"  # drops the beginning, keeps what the tokenizer puts around a text
+        limit = max_tokens - self.has_eos
+        return self.tokenizer(text, truncation=True, max_length=limit, split_special_tokens=True, **options)
+
+    def _chat_spans(self, conversation: list[Message]) -> list[tuple[int, int]]:
+        """Return the spans of a conversation's ids in the last message, which its template may strip."""
+        ids, said = self._encoder.encode_conversation(conversation)
+        start = len(said) - said[::-1].index(False) if False in said else 0
+        text, shown = conversation[-1]["content"], ids[start:-1]  # EOS is the last id of an answer
+        for candidate in (text, text.lstrip(), text.rstrip(), text.strip()):
+            read = self.tokenizer(
+                candidate, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
+            )
+            if read.input_ids == shown:
+                shift = text.index(candidate)
+                spans = [(first + shift, end + shift) for first, end in read.offset_mapping]
+                return [*[(0, 0)] * start, *spans, (0, 0)]
+        raise ValueError(f"a chat template must show the answer as it is, got another one for {text!r:.80}; change it")
+
+    def _batches(
+        self, texts: Sequence[str], prompt: Prompt | None, max_tokens: int
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
+        """Yield (padded ids, lengths, number of texts), texts in their order; the last rows may stand for none."""
+        encoded = [self.encode(text, prompt=prompt, max_tokens=max_tokens) or [self._filler] for text in texts]
+        for start in range(0, len(encoded), _MAX_ROWS):
+            part = encoded[start : start + _MAX_ROWS]
+            rows = part + [part[-1]] * (_MIN_ROWS - len(part))
+            yield *pad_rows(rows, device=self.head.weight.device), len(part)
+
+    def _pooled(self, length: int) -> torch.Tensor:
+        """Return the positions of a text of `length` tokens whose states are pooled."""
+        config = self.trunk.config.to_dict()
+        pooling = "cls" if self.pooling == "classifier" else self.pooling
+        if self.pooling == "classifier" and config.get("classifier_pooling") == "mean":  # ModernBERT can do both
+            pooling = "mean"
+        if self.pooling == "classifier" and is_decoder(self.trunk.config):
+            raise ValueError(
+                f"a classifier's attention can be told where the first token or the mean is pooled, got the decoder "
+                f"{type(self.trunk).__name__}; use another model or credit of kind potential"
+            )
+        return {"mean": torch.arange(length), "cls": torch.tensor([0]), "last": torch.tensor([length - 1])}[pooling]
+
     @property
     def _filler(self) -> int:
         """The id read in place of a text without any token."""
@@ -194,10 +287,24 @@ def pad_rows(rows: Sequence[Sequence[int]], *, device: torch.device) -> tuple[to
     return torch.tensor(padded, device=device), torch.tensor(lengths, device=device)
 
 
+def _before(prompt: Prompt | None) -> str:
+    """Return what a text is read behind, without a chat template."""
+    return prompt if isinstance(prompt, str) else "".join(m["content"] + "\n" for m in prompt or ())
+
+
 def is_decoder(config: PreTrainedConfig) -> bool:
     """Return whether a model reads left to right only; BERT's family has both kinds of head and is an encoder."""
     kind = config.model_type
     return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+
+def _on_characters(weights: np.ndarray, spans: Sequence[tuple[int, int]], num_characters: int) -> np.ndarray:
+    """Spread each token's weight evenly over its characters, and make them sum to 1 where there are any."""
+    characters = np.zeros(num_characters)
+    for weight, (start, end) in zip(weights, spans, strict=False):  # padding stands behind the text
+        characters[start:end] += weight / max(1, end - start)
+    total = characters.sum()
+    return characters / total if total > 0 else characters
 
 
 def _pool(states: torch.Tensor, is_text: torch.Tensor, pooling: Pooling) -> torch.Tensor:

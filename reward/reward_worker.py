@@ -6,6 +6,8 @@ depends on that group alone, bit for bit, so a retried call on another worker gi
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,9 +16,11 @@ import torch
 from actors.config import PolicyConfig
 from actors.encoding import Prompt, parse_prompt
 from actors.faults import fault
-from actors.policy import resolve_dtype
+from actors.policy import load_tokenizer, resolve_dtype
 from actors.schema import ROLLOUTS, SchemaError, check
 from reward.config import ComponentConfig, RewardConfig
+from reward.credit import token_ends, token_shares
+from reward.credit_config import CreditConfig
 from reward.ensemble import Ensemble
 from reward.errors import RewardError
 from reward.functions import RewardFunction, finite
@@ -28,13 +32,24 @@ Components = list[dict[str, float]]
 """For each sample: name of a judge -> its raw score; absent where it does not apply."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Group:
+    """What the judges are shown: responses to one prompt."""
+
+    prompt_id: str
+    prompt: Prompt
+    extras: dict[str, Any]
+    responses: list[str]
+    response_ids: list[list[int]]
+
+
 class RewardWorker:
     """Judges groups.
 
     Args:
         reward: the components.
         policy: dtype and trust of the reference policy.
-        reference_dir: model directory of the reference policy, None for none.
+        reference_dir: model directory of the reference policy, None for none; credit takes the tokenizer from there.
         temperature: the run's sampling temperature.
         device: torch device name.
         num_threads: torch threads, 0 = leave as they are.
@@ -65,6 +80,11 @@ class RewardWorker:
         self._reference: ReferencePolicy | None = None
         if reference_dir is not None:
             self._reference = ReferencePolicy(reference_dir, policy, temperature=temperature, device=place)
+        self._credit = reward.credit
+        if self._credit is not None:
+            if reference_dir is None:
+                raise ValueError("reward.credit must come with a reference policy, got none; it has the tokenizer")
+            self._tokenizer = load_tokenizer(reference_dir, trust_remote_code=policy.trust_remote_code)
 
     def ping(self) -> str:
         """Return as soon as the worker is ready."""
@@ -91,49 +111,94 @@ class RewardWorker:
             raise SchemaError(
                 f"RewardWorker.score: rollouts must be one group, got {len(groups)}: {sorted(groups)[:3]}"
             )
-        components, deviations = self._judge(rollouts)
-        scored = _scored(rollouts, components, deviations, self._reference_logprobs(rollouts))
+        group = _group(rollouts)
+        components, deviations = self._judge(group)
+        token_scores = None if self._credit is None else self._token_scores(self._credit, group, components)
+        scored = _scored(rollouts, components, deviations, token_scores, self._reference_logprobs(rollouts))
         return check(scored, SCORED, "RewardWorker.score"), samples_of(scored)
 
-    def _judge(self, rollouts: pa.Table) -> tuple[Components, list[float | None]]:
-        prompt_id = rollouts["prompt_id"][0].as_py()
-        prompt = parse_prompt(rollouts["prompt"][0].as_py())
-        responses = rollouts["response_text"].to_pylist()
-        components: Components = [{} for _ in responses]
-        deviations: list[float | None] = [None] * len(responses)
-        for name, config in self._configs.items():
-            if name in self._models:
-                scores, stds = self._ask_model(name, config, prompt_id, prompt=prompt, responses=responses)
-                deviations = [_largest(*pair) for pair in zip(deviations, stds, strict=True)]
-            else:
-                scores = self._functions[name].score(
-                    prompt_id,
-                    prompt,
-                    responses,
-                    response_ids=rollouts["response_ids"].to_pylist(),
-                    extras=json.loads(rollouts["extras"][0].as_py()),
-                )
+    def _judge(self, group: _Group) -> tuple[Components, list[float | None]]:
+        components: Components = [{} for _ in group.responses]
+        deviations: list[float | None] = [None] * len(group.responses)
+        for name in self._configs:
+            scores, stds = self._ask(name, group)
+            deviations = [_largest(*pair) for pair in zip(deviations, stds, strict=True)]
             for sample, score in zip(components, scores, strict=True):
                 if score is not None:
                     sample[name] = score
         if not all(components):
             index = components.index({})
             raise RewardError(
-                ", ".join(self._configs), prompt_id, f"one must apply to each response, got none for {index}"
+                ", ".join(self._configs), group.prompt_id, f"one must apply to each response, got none for {index}"
             )
         return components, deviations
 
-    def _ask_model(
-        self, name: str, config: ComponentConfig, prompt_id: str, *, prompt: Prompt, responses: Sequence[str]
-    ) -> tuple[list[float | None], list[float | None]]:
-        shown = prompt if config.input == "prompt_response" else None
-        scores, deviations = self._models[name].score(responses, prompt=shown, max_tokens=config.max_tokens)
-        return [finite(name, prompt_id, score) for score in scores], deviations
+    def _ask(self, name: str, group: _Group) -> tuple[list[float | None], list[float | None]]:
+        """Return a judge's scores of the responses, and its disagreement with itself."""
+        if name in self._functions:
+            scores = self._functions[name].score(
+                group.prompt_id, group.prompt, group.responses, response_ids=group.response_ids, extras=group.extras
+            )
+            return scores, [None] * len(scores)
+        config = self._configs[name]
+        found, deviations = self._models[name].score(
+            group.responses, prompt=_shown(config, group.prompt), max_tokens=config.max_tokens
+        )
+        return [finite(name, group.prompt_id, score) for score in found], deviations
+
+    def _token_scores(self, credit: CreditConfig, group: _Group, components: Components) -> list[np.ndarray]:
+        """Return [R] float32 for each response: shares of attention, or the judge's scores of its prefixes."""
+        try:
+            ends = [
+                token_ends(self._tokenizer, ids, text)
+                for ids, text in zip(group.response_ids, group.responses, strict=True)
+            ]
+        except ValueError as error:
+            raise RewardError(credit.component, group.prompt_id, str(error)) from error
+        if credit.kind == "potential":
+            return self._potentials(credit.component, group, components, ends)
+        config = self._configs[credit.component]
+        attention = self._models[credit.component].character_attention(
+            group.responses, prompt=_shown(config, group.prompt), max_tokens=config.max_tokens
+        )
+        return [token_shares(*pair) for pair in zip(attention, ends, strict=True)]
+
+    def _potentials(
+        self, name: str, group: _Group, components: Components, ends: Sequence[Sequence[int]]
+    ) -> list[np.ndarray]:
+        """Return a judge's score of each prefix, 0 where it does not apply; whole responses have been judged before."""
+        samples = list(zip(group.responses, group.response_ids, ends, strict=True))
+        prefixes = replace(
+            group,
+            responses=[text[:end] for text, _, row in samples for end in row[:-1]],
+            response_ids=[ids[:count] for _, ids, _ in samples for count in range(1, len(ids))],
+        )
+        scores = iter(self._ask(name, prefixes)[0] if prefixes.responses else [])
+        potentials = []
+        for (_, _, row), whole in zip(samples, components, strict=True):
+            found = [*(next(scores) for _ in row[:-1]), whole.get(name)]
+            potentials.append(np.array([0.0 if score is None else score for score in found], dtype=np.float32))
+        return potentials
 
     def _reference_logprobs(self, rollouts: pa.Table) -> list[np.ndarray] | None:
         if self._reference is None:
             return None
         return self._reference.logprobs(rollouts["prompt_ids"][0].as_py(), rollouts["response_ids"].to_pylist())
+
+
+def _group(rollouts: pa.Table) -> _Group:
+    return _Group(
+        prompt_id=rollouts["prompt_id"][0].as_py(),
+        prompt=parse_prompt(rollouts["prompt"][0].as_py()),
+        extras=json.loads(rollouts["extras"][0].as_py()),
+        responses=rollouts["response_text"].to_pylist(),
+        response_ids=rollouts["response_ids"].to_pylist(),
+    )
+
+
+def _shown(config: ComponentConfig, prompt: Prompt) -> Prompt | None:
+    """Return what a reward model sees of the prompt."""
+    return prompt if config.input == "prompt_response" else None
 
 
 def _largest(first: float | None, second: float | None) -> float | None:
@@ -144,17 +209,19 @@ def _scored(
     rollouts: pa.Table,
     components: Components,
     deviations: Sequence[float | None],
+    token_scores: Sequence[np.ndarray] | None,
     references: Sequence[np.ndarray] | None,
 ) -> pa.Table:
     num_rows = rollouts.num_rows
     version = pa.array([0] * num_rows, pa.int32())
+    floats = pa.list_(pa.float32())
     columns = {
         **dict(zip(rollouts.column_names, rollouts.columns, strict=True)),
         "components": _as_maps(components),
-        "token_scores": pa.nulls(num_rows, SCORED.field("token_scores").type),
+        "token_scores": pa.array([None] * num_rows if token_scores is None else token_scores, floats),
         "score_std": pa.array(deviations, pa.float32()),
         "reward_version": version,
-        "ref_logprobs": pa.array([None] * num_rows if references is None else references, pa.list_(pa.float32())),
+        "ref_logprobs": pa.array([None] * num_rows if references is None else references, floats),
         "reference_version": version,
     }
     return pa.table([columns[name] for name in SCORED.names], schema=SCORED)

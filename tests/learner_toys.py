@@ -14,7 +14,8 @@ from actors.policy import load_model
 from actors.scoring import reference_logprobs
 from actors.weights import InProcessTransport
 from learner.batch import StepContext, StepPlan, plan_step
-from learner.config import AlgorithmConfig, LearnerConfig, OptimizerConfig
+from learner.algorithm_config import AlgorithmConfig
+from learner.config import LearnerConfig, OptimizerConfig
 from learner.learner import LearnerRank
 from reward.schema import SAMPLES, SCORED
 
@@ -172,6 +173,7 @@ def learner_rank(
         device="cpu",
         num_threads=1,
         transport=InProcessTransport(),
+        max_new_tokens=16,
     )
 
 

@@ -19,7 +19,8 @@ from cluster.ranks import GangError
 from cluster.recovery import DurableIncarnations, RecoveringLearner
 from cluster.redo import RedoLog
 from cluster.storage import RunStorage
-from learner.config import AlgorithmConfig, KLConfig, LearnerConfig
+from learner.algorithm_config import AlgorithmConfig, KLConfig
+from learner.config import LearnerConfig
 from learner.controller import StepController
 from learner.learner import Skipped
 from reward.config import ComponentConfig, RewardConfig

@@ -13,8 +13,10 @@ from cluster.dispatcher import Dispatcher
 from cluster.fleet import Fleet, Member, MemberState
 from cluster.groups import Work
 from cluster.messages import Failure, Verb, Weights
+from cluster.pipeline_core import PipelineCore
 from cluster.redo import RedoLog
 from cluster.run import Run
+from tests.simulated_waves import judged_at_arrival, places_by_arrival
 
 _LIVE = "live_ledger.json"
 
@@ -126,10 +128,25 @@ def redo_after_step() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def replay_without_dropped() -> Iterator[None]:
+    """A batch from the redo log does not account for the groups that were dropped for it."""
+    replay = PipelineCore.replay
+
+    def forgetful_replay(self: PipelineCore, batch: Any) -> None:
+        replay(self, replace(batch, after={**batch.after, "dropped": {}}))
+
+    with patch.object(PipelineCore, "replay", forgetful_replay):
+        yield
+
+
 MUTANTS = {
     "late reply accepted": late_reply_accepted,
     "fencing off": fencing_off,
     "TRAINED durable before its checkpoint": trained_before_checkpoint,
     "lease re-issued with a new seed": new_seed_on_another_attempt,
     "redo log written after the step": redo_after_step,
+    "group dropped when it arrives": judged_at_arrival,
+    "places filled by arrival": places_by_arrival,
+    "dropped groups forgotten by a replay": replay_without_dropped,
 }

@@ -119,6 +119,10 @@ def _start(life: Life) -> None:
 
 def _config(world: World, directory: str) -> RunConfig:
     data, choice = world.data, random.Random(digest("config", world.seed))
+    judge = {"function": "tests.rules:share_of_a"}
+    judges = {"share": judge} if data.max_waves is None else {"share": judge, "passed": judge}
+    component = "passed" if data.seed % 2 else None
+    sampling = {"dynamic_sampling": {"max_waves": data.max_waves, "component": component}}
     evaluation = {"prompts": {"path": "held_out.jsonl"}, "every": 2, "num_prompts": max(1, data.num_held_out)}
     raw = {
         "run": {
@@ -136,9 +140,10 @@ def _config(world: World, directory: str) -> RunConfig:
             "num_workers": choice.randint(1, 3),
         },
         "reward": {
-            "components": {"share": {"function": "tests.rules:share_of_a"}},
+            "components": judges,
             "num_workers": choice.randint(1, 2),
         },
+        "algorithm": {} if data.max_waves is None else sampling,
         "evaluation": evaluation if data.num_held_out else {},
         "pipeline": {"timeout_s": _TIMEOUT_S, "heartbeat_s": choice.choice([5.0, 40.0])},
         "placement": {"ready_timeout_s": 20.0},

@@ -9,7 +9,7 @@ from actors.rollout_worker import Lease
 from actors.schema import PROMPTS, ROLLOUTS
 from reward.samples import samples_of
 from reward.schema import SCORED
-from tests.simulated_world import share
+from tests.simulated_world import Data, share
 
 NUM_SAMPLES = 2
 
@@ -41,10 +41,13 @@ def rollouts_of(content: str, prompt: pa.Table, lease: Lease, version: int) -> p
     return pa.table(columns, schema=ROLLOUTS)
 
 
-def judged(rollouts: pa.Table) -> tuple[pa.Table, pa.Table]:
-    """Return SCORED and SAMPLES of rows; the score hangs on the content."""
+def judged(rollouts: pa.Table, data: Data) -> tuple[pa.Table, pa.Table]:
+    """Return SCORED and SAMPLES of rows; what is said of them hangs on the content."""
     count = rollouts.num_rows
     scores = [[("share", score_of(text))] for text in rollouts["response_text"].to_pylist()]
+    if data.max_waves is not None:  # the samples of a group have one text and one score, so another judge differs
+        for index, text in enumerate(rollouts["response_text"].to_pylist()):
+            scores[index].append(("passed", 1.0 if data.is_alike(text) else float(index % 2)))
     judgement: dict[str, Any] = {
         "components": scores,
         "token_scores": [None] * count,

@@ -1,6 +1,6 @@
 """What is said of a schedule: the final weights' own list against the ledger, and both against the data."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -9,9 +9,11 @@ from typing import Any
 
 from cluster.ledger import GroupState
 from cluster.storage import RunStorage
+from cluster.waves import NO_CONTRAST
 from tests.simulated_learner import moments_after, read_shares
 from tests.simulated_run import Life, accepted_order, live
 from tests.simulated_truth import Trained, lineage
+from tests.simulated_waves import Kind, expected_step
 from tests.simulated_world import Data, digest
 
 NUM_DATA = 24
@@ -42,6 +44,8 @@ class Verdict:
     typed: Counter[str] = field(default_factory=Counter)
     num_events: int = 0
     num_past_wakeups: int = 0
+    num_uninformative: int = 0
+    """Groups that were dropped by dynamic sampling."""
     is_exact: bool = True
 
     @property
@@ -98,6 +102,7 @@ def _verdict(seed: int, life: Life, undisturbed: Undisturbed) -> Verdict:
         num_events=world.num_events,
         num_past_wakeups=world.num_past_wakeups,
         is_exact=world.is_exact,
+        num_uninformative=sum(last.reason == NO_CONTRAST for last in truth.last_transition.values()),
         wrong=list(truth.accusations),
     )
     if world.num_past_wakeups:
@@ -124,6 +129,8 @@ def _judge_complete(verdict: Verdict, life: Life, undisturbed: Undisturbed) -> N
     hashed, trained = truth.exported
     _judge_groups(verdict, life, trained)
     _judge_weights(verdict, life, trained)
+    if world.is_exact:
+        _judge_composition(verdict, life)
     if undisturbed.ended_by and not world.injected["loss_not_finite_by_chance"]:
         verdict.unresolved.append(f"the undisturbed run ends with {undisturbed.ended_by}")
     elif world.is_exact:
@@ -148,6 +155,8 @@ def _judge_groups(verdict: Verdict, life: Life, trained: tuple[Trained, ...]) ->
         state = last.state if last is not None else None
         ends[str(state)] += 1
         is_dropped = state is GroupState.DROPPED and last is not None and last.step in skipped
+        if state is GroupState.DROPPED and last is not None and last.reason == NO_CONTRAST:
+            is_dropped = truth.is_known_alike(group_id)
         is_quarantined = state is GroupState.QUARANTINED and truth.data.is_malformed(group_id)
         is_trained = state is GroupState.TRAINED and last is not None and step_of.get(group_id) == last.step
         if inside[group_id] > 1 or (inside[group_id] and not is_trained):
@@ -160,6 +169,28 @@ def _judge_groups(verdict: Verdict, life: Life, trained: tuple[Trained, ...]) ->
     said = {name: counts[name] for name in ("trained", "dropped", "quarantined")}
     if said != {name: ends[name] for name in said} or counts["accepted"] != len(accepted) or counts["in_flight"]:
         verdict.wrong.append(f"the ledger counts {counts}, and of {len(accepted)} accepted groups there are {ends}")
+
+
+def _judge_composition(verdict: Verdict, life: Life) -> None:
+    """Each step's batch, and what was dropped for it, are those that the data's order and the answers ask for."""
+    truth, data = life.place.truth, life.place.truth.data
+    batches: dict[int, set[str]] = defaultdict(set)
+    dropped: dict[int, set[str]] = defaultdict(set)
+    for group_id, last in truth.last_transition.items():
+        if last.step is not None:
+            (dropped if last.reason == NO_CONTRAST else batches)[last.step].add(group_id)
+
+    def kind_of(group_id: str) -> Kind:
+        if data.is_malformed(group_id):
+            return Kind.MALFORMED
+        return Kind.ALIKE if truth.is_known_alike(group_id) else Kind.DIFFERENT
+
+    order = iter(accepted_order(data, data.num_steps * data.groups_per_step * 20))
+    for step in range(1, data.num_steps + 1):
+        due = expected_step(order, kind_of, num_places=data.groups_per_step, max_waves=data.max_waves)
+        if (batches[step], dropped[step]) != (due.batch, due.dropped):
+            found = f"{sorted(batches[step])}, dropped {sorted(dropped[step])}"
+            verdict.wrong.append(f"the batch of step {step} is {found}, and should be {due}")
 
 
 def _judge_weights(verdict: Verdict, life: Life, trained: tuple[Trained, ...]) -> None:

@@ -87,6 +87,10 @@ class Data:
     not_finite: float
     """Share of groups whose loss is not finite."""
     num_held_out: int
+    max_waves: int | None
+    """Waves of dynamic sampling in one step; None = each judged group has a place."""
+    alike: float
+    """Share of groups whose samples are all judged alike."""
 
     @classmethod
     def draw(cls, seed: int) -> "Data":
@@ -101,11 +105,17 @@ class Data:
             malformed=chance.choice([0.0, 0.03, 0.08]) if is_faulty else 0.0,
             not_finite=chance.choice([0.0, 0.02, 0.05]) if is_faulty else 0.0,
             num_held_out=chance.choice([0, 0, 2]),
+            max_waves=chance.choice([None, None, None, None, 2, 3]),
+            alike=chance.choice([0.2, 0.5, 0.8]),
         )
 
     def is_malformed(self, group_id: str) -> bool:
         """Return whether a group always fails."""
         return share("malformed", self.seed, group_id) < self.malformed
+
+    def is_alike(self, content: str) -> bool:
+        """Return whether the samples of a group with such answers are judged alike."""
+        return share("alike", self.seed, content) < self.alike
 
     def is_not_finite(self, group_id: str) -> bool:
         """Return whether a group's loss is not a number."""

@@ -83,7 +83,7 @@ def test_company_check_sees_a_shared_generator():
     """Planted bug: draws that depend on the batch (here: on the row) break the equality."""
     engine = make_engine()
     count = itertools.count()
-    engine._hook = lambda logits, ids: (
+    engine._hook = lambda logits, hidden, ids: (
         logits + torch.randn(logits.shape, generator=torch.Generator().manual_seed(next(count)))
     )
     together = serve(engine, request("d", PROMPTS["d"], 4), request("a", PROMPTS["a"], 2))
@@ -165,7 +165,7 @@ def test_stop_string_ends_with_the_token_that_completes_it():
 
 
 def test_response_text_has_no_special_tokens():
-    def prefer(logits, ids):
+    def prefer(logits, hidden, ids):
         logits = torch.full_like(logits, -50.0)
         logits[:, [0, EOS]] = torch.tensor([0.0, 1.0])
         return logits
@@ -179,7 +179,7 @@ def test_response_text_has_no_special_tokens():
 def test_logits_hook_sees_every_draw_and_its_result_is_recorded():
     seen = []
 
-    def only_even(logits, ids):
+    def only_even(logits, hidden, ids):
         seen.extend(ids)
         logits = logits.clone()
         logits[:, 1::2] = -torch.inf
@@ -191,3 +191,28 @@ def test_logits_hook_sees_every_draw_and_its_result_is_recorded():
     model = build("llama")
     free = plain_logprobs(model, PROMPTS["a"], done["a", 0].response_ids)
     assert (done["a", 0].logprobs > free).all()  # renormalised over half of the tokens
+
+
+@every_architecture
+@pytest.mark.parametrize("shift", [0, 1])
+def test_logits_hook_gets_the_states_its_logits_are_made_of(name, shift):
+    """Both from a prefill that several samples share and from decoding; the planted twin takes its neighbour's state."""
+    engine = make_engine(name)
+    head = engine._model.get_output_embeddings()
+    cap = getattr(engine._model.config, "final_logit_softcapping", None)
+    equal = []
+
+    def compare(logits, hidden, ids):
+        made = head(hidden.roll(shift, dims=0))
+        made = made if cap is None else cap * torch.tanh(made / cap)
+        equal.append(torch.allclose(made, logits, atol=1e-4))
+        return logits
+
+    engine._hook = compare
+    guided = serve(engine, request("a", PROMPTS["a"], 2), request("b", PROMPTS["b"]))
+    assert len(equal) == 2 + 11  # two prefills, then all rows together
+    assert all(equal[:2])  # the rows of a prefill are alike
+    assert all(equal) == (not shift)
+    free = serve(make_engine(name), request("a", PROMPTS["a"], 2), request("b", PROMPTS["b"]))
+    for key in guided:  # a hook that changes nothing changes no bit
+        assert_same_bits(guided[key], free[key])

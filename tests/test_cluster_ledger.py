@@ -199,6 +199,20 @@ def test_a_batch_from_the_redo_log_is_not_generated_again():
         ledger.replay("0/b", 18, 5)
 
 
+def test_a_group_that_is_left_out_ends_with_step_and_reason_and_is_replayed_to_the_same_end():
+    ledger, again = Ledger(), Ledger()
+    lease = _taken(ledger, "0/a", 3)
+    ledger.leave_out("0/a", 4, "alike")
+    again.accept("0/a")
+    again.replay("0/a", lease, 4, left_out="alike")
+    ends = [each.take_transitions()[-1] for each in (ledger, again)]
+    assert [(end.state, end.lease_id, end.step, end.reason) for end in ends] == [(DROPPED, 1, 4, "alike")] * 2
+    assert ledger.snapshot() == again.snapshot()
+    assert ledger.counts() == {"accepted": 1, "trained": 0, "dropped": 1, "quarantined": 0, "in_flight": 0}
+    with pytest.raises(LedgerError, match="0/a must be scored to become dropped, is not in flight"):
+        ledger.leave_out("0/a", 4, "alike")
+
+
 def test_memory_does_not_grow_with_groups_that_ended():
     ledger = Ledger()
     sizes = []
@@ -220,6 +234,7 @@ MOVES = st.one_of(
     st.tuples(st.just("lease"), st.sampled_from(NAMES), st.just("rollout-0.0"), st.integers(0, 2), st.integers(0, 1)),
     st.tuples(st.sampled_from(["generated", "scored"]), st.sampled_from(NAMES), st.integers(1, 6)),
     st.tuples(st.sampled_from(["batch", "train"]), st.sampled_from(NAMES), st.integers(1, 2)),
+    st.tuples(st.just("leave_out"), st.sampled_from(NAMES), st.integers(1, 2), st.just("why")),
     st.tuples(
         st.just("end"), st.sampled_from(NAMES), st.sampled_from([DROPPED, QUARANTINED, GroupState.TRAINED]),
         st.just("why"),
@@ -241,6 +256,7 @@ class _Model:
             "generated": state == "leased" and rest[0:1] == (lease,),
             "scored": state == "generated" and rest[0:1] == (lease,),
             "batch": state == "scored",
+            "leave_out": state == "scored",
             "train": state == "batched" and rest[0:1] == (step,),
             "end": state is not None and rest[0:1] != (GroupState.TRAINED,),
         }[verb]
@@ -252,8 +268,8 @@ class _Model:
             lease = self.num_leases
         step = rest[0] if verb == "batch" else step
         after = {"accept": "accepted", "lease": "leased", "batch": "batched", "train": "trained"}.get(verb, verb)
-        if verb in ("train", "end"):
-            self.ends.append(str(rest[0]) if verb == "end" else after)
+        if verb in ("train", "end", "leave_out"):
+            self.ends.append({"train": after, "end": str(rest[0]), "leave_out": "dropped"}[verb])
             del self.states[name]
         else:
             self.states[name] = (after, lease, step)

@@ -40,6 +40,13 @@ def test_both_kinds_of_machines_are_simulated(verdicts):
     assert 0.25 < num_exact / NUM_SCHEDULES < 0.75
 
 
+def test_some_runs_sample_dynamically(verdicts):
+    with_waves = [verdict for verdict in verdicts if Data.draw(verdict.seed % NUM_DATA).max_waves is not None]
+    assert 0.2 < len(with_waves) / NUM_SCHEDULES < 0.5
+    assert sum(verdict.num_uninformative for verdict in with_waves) > NUM_SCHEDULES
+    assert not any(verdict.num_uninformative for verdict in verdicts if verdict not in with_waves)
+
+
 def test_a_seed_is_a_schedule(verdicts):
     busiest = max(verdicts, key=lambda verdict: sum(verdict.injected.values()))
     again = judge(busiest.seed)
@@ -65,6 +72,9 @@ def test_an_undisturbed_run_trains_on_each_good_group_once():
         ("TRAINED durable before its checkpoint", "not in the weights, trained"),
         ("lease re-issued with a new seed", "was trained with the answer of"),
         ("redo log written after the step", "must be there to learn step"),
+        ("group dropped when it arrives", "the batch of step"),
+        ("places filled by arrival", "the batch of step"),
+        ("dropped groups forgotten by a replay", "the ledger counts"),
     ],
 )
 def test_a_planted_bug_is_found(name, found):

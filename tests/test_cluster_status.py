@@ -17,9 +17,10 @@ from cluster.claim import claim
 from cluster.config import ConfigError, RunConfig, load, to_yaml, validate
 from cluster.ledger import GroupState, Ledger
 from cluster.ledger_store import LedgerStore
-from cluster.status import LEDGER_FILE, run_status
+from cluster.status import LEDGER_FILE, MAX_SHOWN, run_status
 from cluster.status_page import shown
 from cluster.storage import RunStorage
+from cluster.waves import NO_CONTRAST
 
 ROOT = Path(__file__).parent.parent
 HOSTILE = "[red]\x1b[2J\x1b]0;owned\x07 \u202egnp.exe"
@@ -92,6 +93,11 @@ def _log(directory, step, names):
     (directory / "rollouts").mkdir(exist_ok=True)
     table = pa.table({"group_id": [name for name in names for _ in range(2)], "lease_id": [7] * 2 * len(names)})
     pq.write_table(table, directory / "rollouts" / f"step-{step}.parquet")
+
+
+def _cells(text):
+    lines = (line for line in text.splitlines() if line[:1] == "│")
+    return [[cell.strip() for cell in line.strip("│").split("│")] for line in lines]
 
 
 def _checkpoint(directory, step, ledger):
@@ -211,7 +217,7 @@ def test_lost_and_doubled_groups_are_said(run_dir, invoke):
 
 def test_ledger_counts_and_reasons(run_dir, invoke):
     _, text = invoke("ledger", run_dir)
-    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in text.splitlines() if line[:1] == "│"]
+    rows = _cells(text)
     table = {name: value for name, value, *_ in rows}
     assert [table[name] for name in ("accepted", "trained", "dropped", "quarantined", "in flight")] == [*"74012"]
     assert table["trained and in a checkpoint"] == "3"
@@ -221,7 +227,7 @@ def test_ledger_counts_and_reasons(run_dir, invoke):
 def test_why_tells_each_transition(run_dir, invoke):
     _, text = invoke("ledger", run_dir, "--why", "d")
     assert "group 0/d" in text
-    rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in text.splitlines() if line[:1] == "│"]
+    rows = _cells(text)
     assert [row[1] for row in rows] == ["accepted", "leased", "generated", "scored", "batched", "trained"]
     assert rows[0][0] == time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(NOW - 70))
     assert rows[-1][2:] == ["rollout-0.0", "4", "2", "3", "not durable yet: no checkpoint of step 3 or later"]
@@ -247,6 +253,27 @@ def test_a_group_that_a_resume_read_again_is_told(run_dir, invoke):
     store.append(ledger.take_transitions(), NOW)
     store.close()
     assert "its judged rows were read from the redo log" in invoke("ledger", run_dir, "--why", "h")[1]
+
+
+def test_groups_without_a_place_are_told_after_those_that_failed(run_dir, invoke):
+    ledger, store = Ledger(), LedgerStore(str(run_dir / LEDGER_FILE))
+    for number in range(MAX_SHOWN + 1):
+        _judged(ledger, f"2/h{number}", 4)
+        ledger.leave_out(f"2/h{number}", 4, NO_CONTRAST)
+    ledger.accept("2/again")
+    ledger.replay("2/again", 9, 4, left_out=NO_CONTRAST)
+    store.append(ledger.take_transitions(), NOW)
+    store.close()
+    status = run_status(str(run_dir), now=NOW)
+    assert [group.group_id for group in status.ended[:3]] == ["0/e", "2/h0", "2/h1"]
+    assert (status.ended[1].state, status.ended[1].step, status.ended[1].reason) == ("dropped", 4, NO_CONTRAST)
+    assert (status.groups.dropped, status.is_conserved) == (MAX_SHOWN + 2, True)
+    assert status.reasons[f"dropped: {NO_CONTRAST}"] == MAX_SHOWN + 2
+    for name, states in (("h0", ["accepted", "leased", "generated", "scored"]), ("again", ["accepted"])):
+        _, text = invoke("ledger", run_dir, "--why", name)
+        rows = _cells(text)
+        assert [row[1] for row in rows] == [*states, "dropped"]
+        assert rows[-1][-2:] == ["4", NO_CONTRAST]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from learner.config import KLConfig
+from learner.algorithm_config import KLConfig
 from learner.kl import AdaptiveKL, FixedKL, k1, k2, k3, make_kl_controller
 
 LOGITS = torch.tensor([0.3, -0.2, 0.5], dtype=torch.float64)

@@ -1,4 +1,3 @@
-import dataclasses
 import math
 import random
 from typing import Any
@@ -9,9 +8,12 @@ import pytest
 import torch
 
 from actors.scoring import reference_logprobs
-from learner.config import AlgorithmConfig, KLConfig, LoraConfig, OptimizerConfig
-from learner.experience import FirstPass, judge, read_samples
+from learner.algorithm_config import AlgorithmConfig, KLConfig
+from learner.config import LoraConfig, OptimizerConfig
+from learner.experience import FirstPass, judge
 from learner.learner import LearnerRank, MismatchError, Skipped
+from learner.off_policy import MISMATCH_NAMES
+from learner.samples import read_samples
 from tests.learner_pair import VARIANTS, WORLD_SIZE, Pair, pair_results
 from tests.learner_toys import TEMPERATURE, ToyBatch, learner_config, learner_rank, parameters, toy_batch
 
@@ -32,6 +34,8 @@ METRICS = {
     "return_mean",
     "learner_logprob_gap",
     "num_tokens",
+    "num_updates",
+    *MISMATCH_NAMES,
 }
 
 
@@ -241,17 +245,15 @@ def test_masked_tokens_teach_nothing(toy):
 def test_importance_weights_are_truncated(toy, ratio, weight):
     batch = toy_batch(toy, learner_config(), step=1)
     samples = read_samples(batch.tables, batch.plan)
-    plan = dataclasses.replace(batch.plan, kl_coef=0.0)  # the penalty would move with the log-probs
-
-    def advantages(shift: float) -> torch.Tensor:
-        first = [FirstPass(values=torch.zeros(len(s.logprobs) + 1), logprobs=s.logprobs + shift) for s in samples]
-        targets, _ = judge(samples, first, plan, AlgorithmConfig(whiten_advantages=False))
-        return torch.cat([target.advantages for target in targets])
-
-    assert torch.allclose(advantages(math.log(ratio)), weight * advantages(0.0), atol=1e-5)
+    shift = math.log(ratio)
+    first = [FirstPass(values=torch.zeros(len(s.logprobs) + 1), logprobs=s.logprobs + shift) for s in samples]
+    targets, _ = judge(samples, first, batch.plan, AlgorithmConfig())
+    for sample, target in zip(samples, targets, strict=True):
+        expected = torch.where(sample.loss_mask, weight, 1.0)
+        assert torch.allclose(target.importance, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("change", ["missing", "twice", "unknown", "token_scores"])
+@pytest.mark.parametrize("change", ["missing", "twice", "unknown"])
 def test_tables_that_do_not_fit_the_plan_are_refused(toy, change):
     batch = toy_batch(toy, learner_config(), step=1)
     tables = list(batch.tables)
@@ -261,11 +263,7 @@ def test_tables_that_do_not_fit_the_plan_are_refused(toy, change):
         tables.append(tables[0])
     if change == "unknown":
         tables[0] = toy_batch(toy, learner_config(), step=2).tables[0]
-    if change == "token_scores":
-        rows = tables[0].to_pylist()
-        rows[0]["token_scores"] = [0.0] * len(rows[0]["response_ids"])
-        tables[0] = pa.Table.from_pylist(rows, schema=tables[0].schema)
-    pattern = {"missing": "all 15 samples", "twice": "once", "unknown": "plan", "token_scores": "must be null"}[change]
+    pattern = {"missing": "all 15 samples", "twice": "once", "unknown": "plan"}[change]
     with pytest.raises(ValueError, match=pattern):
         read_samples(tables, batch.plan)
 

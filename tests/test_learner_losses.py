@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
-from learner.config import AlgorithmConfig
+from learner.algorithm_config import AlgorithmConfig
 from learner.losses import (
     SHARE_NAMES,
     PolicyLoss,

@@ -15,7 +15,8 @@ from learner import judgements
 from learner.config import DataConfig, OptimizerConfig, RewardModelConfig, TrainingConfig
 from learner.judgements import Preference, Rating, split
 from learner.rating_metrics import pairwise_accuracy, pearson, preference_accuracy
-from learner.reward_modeling import BradleyTerry, Regression, train
+from learner.reward_modeling import train
+from learner.reward_objectives import BradleyTerry, Regression
 from reward.model import RewardModel
 
 CPU = torch.device("cpu")

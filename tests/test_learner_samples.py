@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from learner.batch import Piece, StepPlan
-from learner.experience import Sample, prompt_groups, sample_indices
+from learner.samples import Sample, prompt_groups, sample_indices
 
 PLAN = StepPlan(
     step=1,
@@ -13,6 +13,7 @@ PLAN = StepPlan(
     group_sizes=(2, 3, 2),
     scores=np.zeros(7),
     kl_coef=0.0,
+    baseline=0.0,
     updates=(),
     value_ranks=(),
 )
@@ -27,6 +28,7 @@ def sample(index: int) -> Sample:
         ref_logprobs=None,
         policy_versions=torch.zeros(1, dtype=torch.int32),
         loss_mask=torch.ones(1, dtype=torch.bool),
+        token_scores=None,
         finish_reason="eos",
     )
 

@@ -1,0 +1,252 @@
+"""The registry of algorithms: what each name stands for, where it comes from, and what proves it right.
+
+A preset is data: settings of `AlgorithmConfig` (online) or of `concord offline` that give the parts the paper's form.
+`docs/algorithms.md` is generated from here.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preset:
+    """One algorithm."""
+
+    kind: Literal["online", "offline"]
+    title: str
+    formula: str
+    """TeX, without the dollars."""
+    source: str
+    differs: str = ""
+    """What differs from the source."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """Nested like the configuration section."""
+    vector: str
+    """The test that compares it with published or hand-worked numbers, a pytest node id."""
+    planted: str
+    """The test in which a planted bug is caught."""
+
+
+_REINFORCE: Mapping[str, Any] = {
+    "advantage": "returns",
+    "policy_loss": "policy_gradient",
+    "aggregation": "sequence_mean_token_sum",
+    "whiten_advantages": False,
+}
+_GROUP: Mapping[str, Any] = {"advantage": "group", "whiten_advantages": False}
+_VALUES_OF_REINFORCE = r"-\mathbb{E}\left[\sum_t (G_t - b) \log \pi_\theta(a_t | s_t)\right]"
+
+PRESETS: Mapping[str, Preset] = {
+    "ppo": Preset(
+        kind="online",
+        title="PPO",
+        formula=r"-\mathbb{E}\left[\min(r_t A_t,\ \mathrm{clip}(r_t, 1 - \varepsilon, 1 + \varepsilon) A_t)\right],"
+        r"\quad A_t = \sum_l (\gamma \lambda)^l \delta_{t+l}",
+        source="Schulman et al. 2017 (1707.06347), Eq. 7; GAE: Schulman et al. 2015 (1506.02438), Eq. 16",
+        differs="advantages are whitened over the batch; the value function is clipped as in OpenAI's code; dual clip, "
+        "clip-higher and a stop at target_kl are settings",
+        vector="tests/test_checks_vectors.py",
+        planted="tests/test_checks_vectors.py",
+    ),
+    "a2c": Preset(
+        kind="online",
+        title="A2C",
+        formula=r"-\mathbb{E}\left[A_t \log \pi_\theta(a_t | s_t)\right],"
+        r"\quad A_t = \sum_l (\gamma \lambda)^l \delta_{t+l}",
+        source="Mnih et al. 2016 (1602.01783), Algorithm S3; PPO with one update: Huang et al. 2022 (2205.09123)",
+        differs="advantage n_step gives the n-step return, n_step 1 the temporal difference; the synchronous form",
+        settings={"policy_loss": "policy_gradient", "whiten_advantages": False, "value_clip_range": None},
+        vector="tests/test_learner_a2c.py",
+        planted="tests/test_learner_a2c.py",
+    ),
+    "reinforce": Preset(
+        kind="online",
+        title="REINFORCE",
+        formula=_VALUES_OF_REINFORCE + r",\quad b = 0",
+        source="Williams 1992, Eq. 5",
+        settings=_REINFORCE,
+        vector="tests/test_checks_exact.py",
+        planted="tests/test_checks_exact.py",
+    ),
+    "reinforce_batch_mean": Preset(
+        kind="online",
+        title="REINFORCE, batch-mean baseline",
+        formula=_VALUES_OF_REINFORCE + r",\quad b = \frac{1}{B} \sum_j R_j",
+        source="Williams 1992, section 3 (reinforcement comparison)",
+        differs="the mean includes the sample itself, which scales the expected gradient by (B - 1) / B",
+        settings={**_REINFORCE, "baseline": "batch_mean"},
+        vector="tests/test_checks_exact.py",
+        planted="tests/test_checks_exact.py",
+    ),
+    "reinforce_ema": Preset(
+        kind="online",
+        title="REINFORCE, moving-average baseline",
+        formula=_VALUES_OF_REINFORCE + r",\quad b \leftarrow \alpha b + (1 - \alpha) \bar{R}",
+        source="Williams 1992, section 3 (reinforcement comparison)",
+        differs="the average is of earlier steps only, so it does not depend on the sample",
+        settings={**_REINFORCE, "baseline": "ema"},
+        vector="tests/test_learner_estimators.py",
+        planted="tests/test_learner_estimators.py",
+    ),
+    "reinforce_value": Preset(
+        kind="online",
+        title="REINFORCE, value baseline",
+        formula=_VALUES_OF_REINFORCE + r",\quad b = V_\phi(s_t)",
+        source="Sutton and Barto 2018, section 13.4",
+        settings={**_REINFORCE, "advantage": "gae", "gae_lambda": 1.0, "value_clip_range": None},
+        vector="tests/test_checks_exact.py",
+        planted="tests/test_checks_exact.py",
+    ),
+    "rloo": Preset(
+        kind="online",
+        title="RLOO",
+        formula=r"-\mathbb{E}\left[\min(r A,\ \mathrm{clip}(r) A)\right],\quad "
+        r"A_i = R_i - \frac{1}{K - 1} \sum_{j \ne i} R_j,\quad r = \frac{\pi_\theta(y|x)}{\pi_{old}(y|x)}",
+        source="Kool et al. 2019; Ahmadian et al. 2024 (2402.14740), section 3.2",
+        differs="with several updates a step the ratio of whole responses is clipped, as TRL's trainer does; with one "
+        "it is the paper's REINFORCE",
+        settings={
+            "advantage": "leave_one_out",
+            "ratio": "sequence",
+            "aggregation": "sequence_mean_token_sum",
+            "whiten_advantages": False,
+        },
+        vector="tests/test_trl_parity.py",
+        planted="tests/test_trl_parity.py",
+    ),
+    "reinforce_plus_plus": Preset(
+        kind="online",
+        title="REINFORCE++",
+        formula=r"-\mathbb{E}\left[\min(r_t A_t,\ \mathrm{clip}(r_t) A_t)\right],\quad "
+        r"A_t = \mathrm{whiten}_{batch}\left(R - \beta \sum_{i \ge t} KL_i\right)",
+        source="Hu 2025 (2501.03262)",
+        settings={"advantage": "returns"},
+        vector="tests/test_learner_estimators.py",
+        planted="tests/test_learner_estimators.py",
+    ),
+    "reinforce_plus_plus_baseline": Preset(
+        kind="online",
+        title="REINFORCE++-baseline",
+        formula=r"-\mathbb{E}\left[\min(r_t A_t,\ \mathrm{clip}(r_t) A_t)\right] + \beta k_2,\quad "
+        r"A_t = \mathrm{whiten}_{batch}(R - \bar{R}_{group})",
+        source="Hu 2025 (2501.03262)",
+        settings={
+            "advantage": "returns",
+            "baseline": "group_mean",
+            "kl": {"placement": "loss", "estimator": "k2"},
+        },
+        vector="tests/test_learner_estimators.py",
+        planted="tests/test_learner_estimators.py",
+    ),
+    "grpo": Preset(
+        kind="online",
+        title="GRPO",
+        formula=r"-\frac{1}{G} \sum_i \frac{1}{|y_i|} \sum_t \min(r_{i,t} A_i,\ \mathrm{clip}(r_{i,t}) A_i) "
+        r"+ \beta k_3,\quad A_i = \frac{R_i - \mathrm{mean}(R)}{\mathrm{std}(R)}",
+        source="Shao et al. 2024 (2402.03300), Eq. 3",
+        differs="k3 in the loss is kept for parity: its gradient is that of KL(reference || policy); estimator k2 has "
+        "that of KL(policy || reference)",
+        settings={
+            **_GROUP,
+            "aggregation": "sequence_mean_token_mean",
+            "kl": {"placement": "loss", "estimator": "k3", "coef": 0.04},
+        },
+        vector="tests/test_trl_parity.py",
+        planted="tests/test_trl_parity.py",
+    ),
+    "dr_grpo": Preset(
+        kind="online",
+        title="Dr. GRPO",
+        formula=r"-\frac{1}{G L_{max}} \sum_i \sum_t \min(r_{i,t} A_i,\ \mathrm{clip}(r_{i,t}) A_i),\quad "
+        r"A_i = R_i - \mathrm{mean}(R)",
+        source="Liu et al. 2025 (2503.20783), section 3.2",
+        settings={
+            **_GROUP,
+            "scale_by_std": False,
+            "aggregation": "sequence_mean_token_sum_norm",
+            "kl": {"coef": 0.0},
+        },
+        vector="tests/test_trl_parity.py",
+        planted="tests/test_trl_parity.py",
+    ),
+    "dapo": Preset(
+        kind="online",
+        title="DAPO",
+        formula=r"-\frac{1}{\sum_i |y_i|} \sum_i \sum_t \min(r_{i,t} A_i,\ "
+        r"\mathrm{clip}(r_{i,t}, 1 - \varepsilon_{low}, 1 + \varepsilon_{high}) A_i),"
+        r"\quad 0 < |\{i: y_i \text{ right}\}| < G",
+        source="Yu et al. 2025 (2503.14476), Eq. 8, 11 and 13",
+        differs="groups without contrast are replaced in at most three waves of prompts a step, then trained on",
+        settings={
+            **_GROUP,
+            "clip_range_high": 0.28,
+            "kl": {"coef": 0.0},
+            "dynamic_sampling": {},
+            "overlong_buffer": 0.2,
+        },
+        vector="tests/test_trl_parity.py",
+        planted="tests/test_trl_parity.py",
+    ),
+    "gspo": Preset(
+        kind="online",
+        title="GSPO",
+        formula=r"-\frac{1}{G} \sum_i \min(s_i A_i,\ \mathrm{clip}(s_i) A_i),\quad "
+        r"s_i = \left(\frac{\pi_\theta(y_i|x)}{\pi_{old}(y_i|x)}\right)^{1/|y_i|}",
+        source="Zheng et al. 2025 (2507.18071), Eq. 5 and 7",
+        settings={
+            **_GROUP,
+            "ratio": "sequence_mean",
+            "clip_range": 3e-4,
+            "clip_range_high": 4e-4,
+            "aggregation": "sequence_mean_token_mean",
+            "kl": {"coef": 0.0},
+        },
+        vector="tests/test_trl_parity.py",
+        planted="tests/test_trl_parity.py",
+    ),
+    "cispo": Preset(
+        kind="online",
+        title="CISPO",
+        formula=r"-\frac{1}{\sum_i |y_i|} \sum_i \sum_t \mathrm{sg}\left[\mathrm{clip}(r_{i,t}, 1 - \varepsilon_{low}, "
+        r"1 + \varepsilon_{high})\right] A_i \log \pi_\theta(a_t | s_t)",
+        source="MiniMax 2025 (2506.13585), Eq. 4 and 5",
+        differs="the lower clip is off (clip_range 1), as in the paper; the upper one, which it does not give, is 4",
+        settings={**_GROUP, "policy_loss": "cispo", "clip_range": 1.0, "clip_range_high": 4.0, "kl": {"coef": 0.0}},
+        vector="tests/test_trl_parity.py",
+        planted="tests/test_trl_parity.py",
+    ),
+    "dpo": Preset(
+        kind="offline",
+        title="DPO",
+        formula=r"-\log \sigma\left(\beta \log \frac{\pi_\theta(y_w)}{\pi_{ref}(y_w)} - "
+        r"\beta \log \frac{\pi_\theta(y_l)}{\pi_{ref}(y_l)}\right)",
+        source="Rafailov et al. 2023 (2305.18290), Eq. 7; label smoothing: Mitchell 2023 (cDPO)",
+        vector="tests/test_trl_parity.py",
+        planted="tests/test_learner_dpo.py",
+    ),
+    "ilql": Preset(
+        kind="offline",
+        title="ILQL",
+        formula=r"L_V = \mathbb{E}[L_2^\tau(\hat{Q} - V)],\quad L_Q = \mathbb{E}[(r + \gamma V(s') - Q)^2],\quad "
+        r"\pi \propto \pi_\beta \exp(\beta (\hat{Q} - V))",
+        source="Snell et al. 2022 (2206.11871), section 4; CQL: Kumar et al. 2020 (2006.04779)",
+        vector="tests/test_learner_value_learning.py",
+        planted="tests/test_learner_value_learning.py",
+    ),
+    "q_learning": Preset(
+        kind="offline",
+        title="Token Q-learning",
+        formula=r"L_Q = \mathbb{E}[(r + \gamma \max_a \hat{Q}(s', a) - Q(s, a))^2],\quad "
+        r"\pi \propto \pi_\beta \exp(\beta (\hat{Q} - \max_a \hat{Q}))",
+        source="Watkins and Dayan 1992; Jaques et al. 2019 (1907.00456)",
+        vector="tests/test_learner_value_learning.py",
+        planted="tests/test_learner_value_learning.py",
+    ),
+}
+"""By the name in the configuration."""
+
+ONLINE = {name: preset for name, preset in PRESETS.items() if preset.kind == "online"}
+"""What `algorithm:` of a training run may name."""
+OFFLINE = {name: preset for name, preset in PRESETS.items() if preset.kind == "offline"}
+"""What `algorithm:` of `concord offline` may name."""
