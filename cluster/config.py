@@ -132,6 +132,11 @@ def _algorithm_problems(config: RunConfig) -> Iterator[str]:
             "learner.epochs must be 1 with algorithm.policy_loss policy_gradient, which may use a sample once, got "
             f"{config.learner.epochs}; set policy_loss ppo_clip to use it again"
         )
+    if config.reward.credit is not None and algorithm.advantage in ("leave_one_out", "group"):
+        yield (
+            f"reward.credit must be left out with algorithm {algorithm.name}, whose advantage is the same for all "
+            "tokens of a response; use an advantage per token (gae, n_step, vtrace, returns)"
+        )
     component = algorithm.dynamic_sampling and algorithm.dynamic_sampling.component
     if component and component not in config.reward.components:
         yield (

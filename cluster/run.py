@@ -114,6 +114,7 @@ class Run(Session):
             "policy_version": step,
             **result.metrics,
             **self._evaluated,
+            **batch.metrics,
             "generate_s": batch.generate_s,
             "score_s": batch.score_s,
             "publish_s": self.publish_s,

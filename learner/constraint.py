@@ -5,8 +5,8 @@
     score = (R - lambda C) / (1 + lambda)                      what the policy is trained on
     log(lambda) <- log(lambda) + rate lambda (J - limit)       after each step; J: mean cost of the recent sequences
 
-An example: limit 0, rate 0.1, lambda 1, recent costs 2 and -1.  A response with R = 3 and C = 2 scores (3 - 2) / 2 = 0.5.
-J is 0.5, so log(lambda) becomes 0.05 and lambda 1.0513.
+An example: limit 0, rate 0.1, lambda 1, recent costs 2 and -1.  A response with R = 3 and C = 2 scores
+(3 - 2) / 2 = 0.5.  J is 0.5, so log(lambda) becomes 0.05 and lambda 1.0513.
 
 Source:
     Safe RLHF (Dai et al. 2023, 2310.12773), section "Safe Reinforcement Learning".

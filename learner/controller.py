@@ -146,8 +146,12 @@ class StepController:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint needs, JSON-able; floats survive JSON exactly."""
-        parts = {"kl": self._kl, "reward": self._composer, "constraint": self._constraint, "baseline": self._baseline}
-        return {"step": self._step} | {name: part.state_dict() for name, part in parts.items() if part is not None}
+        state = {"step": self._step, "kl": self._kl.state_dict(), "reward": self._composer.state_dict()}
+        if self._constraint is not None:
+            state["constraint"] = self._constraint.state_dict()
+        if self._baseline is not None:
+            state["baseline"] = self._baseline.state_dict()
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict`'s result."""

@@ -8,6 +8,7 @@ expectation under Bradley-Terry preferences is that of reinforcement learning wi
 
 Differs from the paper:
 - Label smoothing s (conservative DPO, Mitchell 2023); s = 0 is the paper.
+- A term -sft_coef log p(chosen) / |chosen| (Pang et al. 2024, Eq. 1); 0 is the paper.
 - The reference policy's log-probs are computed once, before training, so it takes no memory while training.
 """
 
@@ -100,14 +101,18 @@ class DirectPreference:
         settings = self._settings
         margin = dpo_margin(chosen, rejected, ref_chosen, ref_rejected, beta=settings.beta)
         self._seen.append(margin.detach())
-        return dpo_loss(
+        losses = dpo_loss(
             chosen,
             rejected,
             ref_chosen,
             ref_rejected,
             beta=settings.beta,
             label_smoothing=settings.label_smoothing,
-        ).sum()
+        )
+        if settings.sft_coef:
+            num_tokens = [sum(self._pairs[index].chosen_is_learnt) for index in examples]
+            losses = losses - settings.sft_coef * chosen / torch.tensor(num_tokens, device=self._device)
+        return losses.sum()
 
     def after_update(self) -> Mapping[str, float]:
         """Return how well the implicit reward told the update's pairs apart, before the update."""

@@ -118,7 +118,9 @@ def _credited(
 ) -> torch.Tensor:
     if sample.token_scores is None:
         raise ValueError("token_scores must be given with reward.credit, got none; judge the rollouts again with it")
-    return dense_rewards(score, sample.token_scores, credit, gamma=algorithm.gamma, is_terminal=is_terminal)
+    # Without values nothing takes back what is left of the potential where a response was cut off.
+    ended = is_terminal or not algorithm.needs_values
+    return dense_rewards(score, sample.token_scores, credit, gamma=algorithm.gamma, is_terminal=ended)
 
 
 def _importance(sample: Sample, old_logprobs: torch.Tensor, algorithm: AlgorithmConfig) -> torch.Tensor:

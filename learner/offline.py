@@ -1,7 +1,7 @@
 """Offline learning: from preferences, ratings or earlier rollouts to a policy, without sampling anything.
 
-    data set -> pairs        -> DPO                   -> a model directory
-             -> trajectories -> ILQL, token Q-learning -> a model directory with value heads
+DPO trains on pairs and leaves a model directory; ILQL and token Q-learning train on scored trajectories and leave value
+heads beside the model, which guide its sampling.
 """
 
 import json
@@ -49,7 +49,7 @@ class OfflineResult:
     """What offline training did."""
 
     directory: str
-    """A Hugging Face model directory with tokenizer, journal and settings; value heads beside it where they are learnt."""
+    """A Hugging Face model directory with tokenizer, journal and settings, and value heads where they are learnt."""
     losses: tuple[float, ...]
     """One per update: of a pair (DPO) or a token (values)."""
     metrics: Metrics
@@ -153,7 +153,7 @@ class _Values:
 
 
 def _prepare(config: OfflineConfig, data: OfflineData) -> _Preferences | _Values:
-    """Return the training of the configured algorithm; data that it cannot use is refused before any model is loaded."""
+    """Return the algorithm's training; data that it cannot use is refused before any model is loaded."""
     settings = config.algorithm
     if isinstance(settings, DPOConfig):
         return _Preferences(config, settings, data)

@@ -21,6 +21,9 @@ class DPOConfig(Config):
     """Weight of the KL penalty in the objective whose optimum the loss has: small = far from the starting policy."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=0.5)
     """Share of preferences that are taken to be the wrong way round (conservative DPO)."""
+    sft_coef: float = Field(default=0.0, ge=0)
+    """Weight of -log p(chosen), mean over its tokens: DPO alone lowers both responses, and what neither of them is gets
+    likelier (Pang et al. 2024, arXiv 2404.19733, Eq. 1); 0 = the paper's DPO."""
     pairs_per_prompt: int | None = Field(default=16, ge=1)
     """Ratings and rollouts: pairs made for each prompt, drawn by seed from all its samples with different scores;
     null = all of them."""
@@ -110,6 +113,6 @@ class OfflineConfig(Config):
     def _scores_are_used(self) -> "OfflineConfig":
         if self.score.standardize and isinstance(self.algorithm, DPOConfig):
             raise ValueError(
-                "score.standardize must be false with algorithm dpo, which only looks at which score is higher; remove it"
+                "score.standardize must be false with algorithm dpo, which only compares scores; remove it"
             )
         return self

@@ -200,7 +200,7 @@ class RowParser:
             score=self._composed(value["components"]) - (penalty or 0.0) * is_cut_off,
             is_terminal=not is_cut_off or penalty is not None,
         )
-        self._check_tokenizer(trajectory.response_ids, value["response_text"])
+        self._check_tokenizer(trajectory, value["response_text"])
         # A given id may name other prompts in another run, and equal prompts may differ in what their judges are told.
         return Judged(prompt_key=_key(trajectory.prompt_ids, value["prompt_id"]), trajectories=(trajectory,))
 
@@ -233,15 +233,16 @@ class RowParser:
             prompt_ids=prompt_ids, response_ids=ids, is_learnt=is_learnt, score=score, is_terminal=is_terminal
         )
 
-    def _check_tokenizer(self, ids: list[int], text: str) -> None:
+    def _check_tokenizer(self, trajectory: Trajectory, text: str) -> None:
         """Refuse the rollouts of a policy with another tokenizer: the same ids would spell something else."""
         spelt: Any = None
-        if max(ids) < self._num_tokens:
-            spelt = self._encoder.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        tokenizer, ids = self._encoder.tokenizer, trajectory.response_ids
+        if max(*trajectory.prompt_ids, *ids) < self._num_tokens:
+            spelt = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         if spelt != text:
             raise ValueError(
-                f"response_ids must spell the response with the policy's tokenizer, got {spelt!r:.80} for {text!r:.80}; "
-                "start from the policy that the run trained"
+                f"response_ids must spell response_text with the policy's tokenizer, got {spelt!r:.80} for "
+                f"{text!r:.80}; start from the policy that the run trained"
             )
 
 

@@ -43,9 +43,7 @@ class Evaluation:
         cache_dir: where data sets are kept.
     """
 
-    def __init__(
-        self, config: "OfflineEvaluationConfig", policy: PolicyConfig, *, source: str, cache_dir: str
-    ) -> None:
+    def __init__(self, config: "OfflineEvaluationConfig", policy: PolicyConfig, *, source: str, cache_dir: str) -> None:
         self._config = config
         self._policy = policy
         self._device = training_device()
@@ -142,8 +140,8 @@ def _fitting(config: "OfflineEvaluationConfig", policy: PolicyConfig, source: st
     longest = config.prompts.max_prompt_tokens
     if room < (longest or 1):
         raise ValueError(
-            f"evaluation.prompts.max_prompt_tokens + evaluation.max_new_tokens must be at most {positions}, the policy's "
-            f"positions, got {longest or 1} + {config.max_new_tokens}; lower one of them"
+            f"evaluation.prompts.max_prompt_tokens + evaluation.max_new_tokens must be at most {positions}, the "
+            f"policy's positions, got {longest or 1} + {config.max_new_tokens}; lower one of them"
         )
     return config.prompts.model_copy(update={"max_prompt_tokens": longest or room})
 

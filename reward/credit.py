@@ -32,31 +32,23 @@ def token_ends(tokenizer: PreTrainedTokenizerBase, response_ids: Sequence[int], 
     Raises:
         ValueError: if they decode to something else.
     """
-
-    def shown(start: int, end: int) -> str:
-        part = tokenizer.decode(list(response_ids[start:end]), skip_special_tokens=True,
-                                clean_up_tokenization_spaces=False)  # fmt: skip
-        assert isinstance(part, str), "one sequence decodes to one text"
-        return part
-
     ends: list[int] = []
     is_whole = True
     # Up to token `settled` the text is there to the letter; only what follows is decoded, with some tokens before it.
     settled, there, before = 0, 0, ""
     for count in range(1, len(response_ids) + 1):
-        found = shown(max(0, settled - _CONTEXT), count)[len(before) :]
-        is_whole = text.startswith(
-            found, there
-        )  # an unfinished character decodes to a sign that the text does not have
+        found = _decode(tokenizer, response_ids[max(0, settled - _CONTEXT) : count])[len(before) :]
+        is_whole = text.startswith(found, there)  # not so while a character is unfinished: then it is a stand-in
         end = there + (len(found) if is_whole else _num_common(found, text[there : there + len(found)]))
         ends.append(max([end, *ends[-1:]]))
-        context = shown(max(0, count - _CONTEXT), count) if is_whole and count - settled >= _WINDOW else ""
-        if context:
-            settled, there, before = count, end, context
+        if is_whole and count - settled >= _WINDOW:
+            context = _decode(tokenizer, response_ids[max(0, count - _CONTEXT) : count])
+            if context:
+                settled, there, before = count, end, context
     if not is_whole or ends[-1] != len(text):
         raise ValueError(
             f"response_text must be what the policy's tokenizer makes of response_ids, got {text!r:.80} and "
-            f"{shown(0, len(response_ids))!r:.80}; credit needs the tokenizer that sampled"
+            f"{_decode(tokenizer, response_ids)!r:.80}; credit needs the tokenizer that sampled"
         )
     return ends
 
@@ -78,6 +70,12 @@ def token_shares(characters: np.ndarray, ends: Sequence[int]) -> np.ndarray:
         shares = np.zeros(len(ends))
         shares[-1] = total = 1.0
     return (shares / total).astype(np.float32)
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    text = tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert isinstance(text, str), "one sequence decodes to one text"
+    return text
 
 
 def _num_common(first: str, second: str) -> int:

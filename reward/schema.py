@@ -12,7 +12,7 @@ SCORED = declare(
     [
         *ROLLOUTS,
         pa.field("components", COMPONENTS, nullable=False),  # name of a judge -> its raw scalar; absent: does not apply
-        pa.field("token_scores", pa.list_(pa.float32())),  # aligned to response_ids
+        pa.field("token_scores", pa.list_(pa.float32())),  # aligned to response_ids, what `reward.credit` asked for
         pa.field("score_std", pa.float32()),  # disagreement of an ensemble
         pa.field("reward_version", pa.int32(), nullable=False),
         pa.field("ref_logprobs", pa.list_(pa.float32())),  # at the run's temperature

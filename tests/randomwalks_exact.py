@@ -12,10 +12,10 @@ Of any policy that writes letters, which may remember the whole walk: what count
 each start.  The best policy at penalty beta weighs every way to a score by exp(score / beta), whatever the way, so the
 frontier follows from those probabilities alone:
 
-    start b scores   0: .5   7/8: .3   1: .2        beta 1  ->  tilted 1/2.764 (.5, .3 e^.875, .2 e^1) = (.309, .446, .245)
+    scores 0: .5   7/8: .3   1: .2     beta 1  ->  (.5, .3 e^.875, .2 e^1) / 1.7633 = (.2836, .4081, .3083)
 
-Walks that are illegal, that end early or that come too late score 0 and are one outcome; only legal walks that can still
-arrive are followed.  No policy lies above the curve of (KL, value) that beta traces, and beta is the curve's slope.
+Walks that are illegal, that end early or that come too late score 0 and are one outcome; only legal walks that can
+still arrive are followed.  No policy lies above the curve of (KL, value) that beta traces; beta is the curve's slope.
 """
 
 from collections.abc import Callable, Sequence
@@ -92,7 +92,7 @@ def outcomes(task: Task, next_letters: NextLetters) -> Outcomes:
         rows, letters = np.nonzero(legal & may_arrive)
         walks = [walks[row] + NODES[letter] for row, letter in zip(rows, letters, strict=True)]
         owners, masses = owners[rows], step[rows, letters]
-    probabilities[:, -1] = 1.0 - probabilities.sum(axis=1)
+    probabilities[:, -1] = np.maximum(1.0 - probabilities.sum(axis=1), 0.0)
     return Outcomes(probabilities=probabilities, values=_values(task))
 
 

@@ -126,6 +126,7 @@ def controller():
         AlgorithmConfig(kl=KLConfig(coef=0.15, controller="adaptive", target=1.0, horizon=100)),
         num_steps=NUM_STEPS,
         seed=3,
+        max_new_tokens=8,
     )
 
 

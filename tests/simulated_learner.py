@@ -46,7 +46,7 @@ class SimulatedController:
         self._planned = moments_after(self._planned, samples_digest(samples))
         return Plan(step=step, moments=digest(self._planned, self._observed))
 
-    def observe(self, plan: Plan, samples: pa.Table) -> None:
+    def observe(self, plan: Plan, samples: pa.Table, learner_metrics: Mapping[str, float]) -> None:
         """Let the coefficient see a batch."""
         self._observed = moments_after(self._observed, samples_digest(samples))
 

@@ -106,9 +106,7 @@ class Truth:
 
     def is_known_alike(self, group_id: str) -> bool:
         """Return whether a group was ever answered with samples that are all judged alike."""
-        return any(
-            made.group_id == group_id and self.data.is_alike(content) for content, made in self.sampled.items()
-        )
+        return any(made.group_id == group_id and self.data.is_alike(content) for content, made in self.sampled.items())
 
     def always_fails(self, call: Call) -> bool:
         """Return whether a group fails through its own fault in this stage, whoever tries and however often."""

@@ -25,10 +25,6 @@ from tests.checks import Case, Check, with_twins
 Function = Callable[..., torch.Tensor]
 
 
-def discounts_of_zero_ignored(discounts: torch.Tensor) -> torch.Tensor:
-    return torch.where(discounts == 0, discounts.max(), discounts)
-
-
 # rlax `multistep_test.py`, TruncatedGeneralizedAdvantageEstimationTest, with its tolerance.
 GAE_REWARDS = torch.tensor([[0.0, 0.0, 1.0, 0.0, -0.5], [0.0, 0.0, 0.0, 0.0, 1.0]])
 GAE_VALUES = torch.tensor([[1.0, 4.0, -3.0, -2.0, -1.0, -1.0], [-3.0, -2.0, -1.0, 0.0, 5.0, -1.0]])
@@ -51,7 +47,7 @@ def gae_value_off_by_one(rewards, values, discounts, gae_lambda):
 
 
 def gae_through_the_end(rewards, values, discounts, gae_lambda):
-    return gae(rewards, values, discounts_of_zero_ignored(discounts), gae_lambda)
+    return gae(rewards, values, torch.where(discounts == 0, 0.9, discounts), gae_lambda)
 
 
 # rlax `multistep_test.py`: LambdaReturnsTest, DiscountedReturnsTest and NStepBootstrappedReturnsTest; v_t = V(s_{t+1}).
@@ -180,7 +176,7 @@ def negated(result: PolicyLoss) -> PolicyLoss:
 
 
 def whitening_is_published(implementation: Function) -> None:
-    """"The N implementation details of RLHF with PPO", detail 18: lm-human-preferences' own output."""
+    """What lm-human-preferences prints: detail 18 of "The N implementation details of RLHF with PPO"."""
     values = torch.arange(1.2, 2.05, 0.1, dtype=torch.float64).reshape(3, 3)
     expected = [0.05080712, 0.4381051, 0.8254035, 1.2127019, 1.6000004, 1.9872988, 2.3745968, 2.7618952, 3.1491938]
     kept = torch.tensor(expected, dtype=torch.float64).reshape(3, 3)

@@ -156,7 +156,7 @@ def test_a_skipped_step_leaves_no_trace(tmp_path, step, has_changed):
     for other in range(1, NUM_STEPS + 1):
         if other != step:
             samples = make_batch(other).samples
-            one.observe(one.plan(other, samples), samples)
+            one.observe(one.plan(other, samples), samples, {})
     assert found.controller == one.state_dict(), "as if the step had not been"
     assert len(script.gangs) == (2 if has_changed and step <= 2 else 1), "new processes only without a checkpoint"
 

@@ -1,6 +1,7 @@
 """RandomWalks: the published facts of its graph, its score, its exact solution, and the files it writes."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -8,14 +9,26 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from actors.policy import load_model, materialize
 from cluster.checks import check_run
 from cluster.config import RunConfig, load
 from cluster.start import start_config
 from examples.randomwalks.graph import GOAL, MAX_NODES, NODES, Task, make_task, write_prompts, write_walks
 from examples.randomwalks.rewards import optimality
 from learner.config import SFTConfig
-from tests.randomwalks_exact import frontier, uniform_legal_walk
+from tests.checks import Case, Check, with_twins
+from tests.randomwalks_exact import (
+    Outcomes,
+    frontier,
+    frontier_at_beta,
+    frontier_at_kl,
+    language_model,
+    markov_walk,
+    outcomes,
+    uniform_legal_walk,
+)
 
 ROOT = Path(__file__).parent.parent
 
@@ -169,6 +182,146 @@ def test_the_frontier_is_the_gibbs_tilt_of_all_walks(task):
 
 def _steps(walk):
     return itertools.pairwise(walk)
+
+
+RING = dataclasses.replace(
+    _small_task({"a": "a", "b": "ac", "c": "b", "d": "cb"}), shortest=np.array([1, 2, 3, 3] + [MAX_NODES] * 17)
+)
+
+
+def _remembers(walks):
+    """A reference that looks at the whole walk: a, b, c or the end, with odds that each prefix has of its own."""
+    letters = np.array([[NODES.index(letter) + 1.0 for letter in walk] for walk in walks])
+    keys = (letters * 1.7 ** np.arange(letters.shape[1])).sum(axis=1)
+    odds = 1.1 + np.sin(keys[:, None] * (1.0, 2.3, 3.7, 5.1))
+    rows = np.zeros((len(walks), len(NODES) + 1))
+    rows[:, [0, 1, 2, len(NODES)]] = odds / odds.sum(axis=1, keepdims=True)
+    return rows
+
+
+def _all_texts(walks, masses):
+    """Return every text that `_remembers` can write and its probability, legal or not, however it ends."""
+    if len(walks[0]) == MAX_NODES:
+        return list(zip(walks, masses, strict=True))
+    step = _remembers(walks) * np.array(masses)[:, None]
+    longer = [walk + letter for walk in walks for letter in "abc"]
+    return [*zip(walks, step[:, -1], strict=True), *_all_texts(longer, step[:, :3].reshape(-1).tolist())]
+
+
+@functools.cache
+def _scored_texts(start):
+    texts, masses = zip(*_all_texts([start], [1.0]), strict=True)
+    return np.array(masses), np.array([RING.optimality(text) for text in texts])
+
+
+def outcomes_are_those_of_all_texts(solve):
+    """29,524 texts from each start, scored by the task itself and weighed by exp(score / beta)."""
+    found = solve(RING, _remembers)
+    for beta in (0.1, 0.7):
+        points = []
+        for start in RING.starts:
+            prior, scores = _scored_texts(start)
+            tilted = prior * np.exp(scores / beta)
+            tilted /= tilted.sum()
+            points.append((tilted @ scores, tilted @ np.log(tilted / prior)))
+        point = frontier_at_beta(found, beta)
+        assert (point.value, point.kl) == pytest.approx(tuple(np.mean(points, axis=0)), abs=1e-10)
+
+
+def _forgets_the_walk(task, next_letters):
+    return outcomes(task, lambda walks: next_letters([walk[-1] for walk in walks]))
+
+
+def _lost_without_legal_walks(task, next_letters):
+    """Planted bug: what does not arrive is left out, and the rest made to add up to 1."""
+    found = outcomes(task, next_letters)
+    arrived = found.probabilities * (np.arange(MAX_NODES) < MAX_NODES - 1)
+    return Outcomes(probabilities=arrived / arrived.sum(axis=1, keepdims=True), values=found.values)
+
+
+def _every_edge_is_legal(task, next_letters):
+    return outcomes(dataclasses.replace(task, edges=np.ones_like(task.edges)), next_letters)
+
+
+def outcomes_give_the_published_frontier(solve):
+    """Of a Markov walk both solvers trace one curve, on any graph."""
+    for seed in (1000, 1003):
+        task = make_task(seed)
+        found = solve(task, markov_walk(uniform_legal_walk(task)))
+        for beta in PUBLISHED:
+            point, expected = frontier_at_beta(found, beta), frontier(task, beta)
+            assert (point.value, point.kl) == pytest.approx((expected.value, expected.kl), abs=1e-12)
+
+
+def _arrives_one_node_late(task, next_letters):
+    found = outcomes(task, next_letters)
+    return Outcomes(probabilities=np.roll(found.probabilities, 1, axis=1), values=found.values)
+
+
+def wanted_kl_is_met_and_beta_is_the_slope(at_kl):
+    task = make_task(1001)
+    found = outcomes(task, markov_walk(uniform_legal_walk(task)))
+    for kl in (0.02, 0.5, 1.2):
+        point, more = at_kl(found, kl), at_kl(found, kl + 1e-5)
+        assert point.kl == pytest.approx(kl, abs=1e-9)
+        assert (more.value - point.value) / 1e-5 == pytest.approx(point.beta, rel=1e-3)
+    assert at_kl(found, 0.0).value == pytest.approx(frontier(task, math.inf).value)
+    assert (at_kl(found, 99.0).value, at_kl(found, 99.0).beta) == (1.0, 0.0)
+
+
+CHECKS = (
+    Check(
+        id="outcomes-of-a-reference-that-remembers",
+        run=outcomes_are_those_of_all_texts,
+        part=outcomes,
+        twins={
+            "last-letter-only": _forgets_the_walk,
+            "lost-walks-left-out": _lost_without_legal_walks,
+            "every-edge-is-legal": _every_edge_is_legal,
+        },
+    ),
+    Check(
+        id="outcomes-of-the-uniform-walk",
+        run=outcomes_give_the_published_frontier,
+        part=outcomes,
+        twins={"one-node-late": _arrives_one_node_late, "lost-walks-left-out": _lost_without_legal_walks},
+    ),
+    Check(
+        id="frontier-at-a-kl",
+        run=wanted_kl_is_met_and_beta_is_the_slope,
+        part=frontier_at_kl,
+        twins={
+            "nats-as-bits": lambda found, kl: frontier_at_kl(found, kl * math.log(2)),
+            "beta-upside-down": lambda found, kl: dataclasses.replace(
+                frontier_at_kl(found, kl), beta=1 / max(frontier_at_kl(found, kl).beta, 1e-9)
+            ),
+        },
+    ),
+)
+
+
+@with_twins(CHECKS)
+def test_check(case: Case) -> None:
+    case.verify()
+
+
+def test_a_saved_model_is_a_reference(tmp_path, task):
+    """Its walks have the probability that the learner's code gives their tokens, times the legal letters' alone."""
+    config = load(RunConfig, str(ROOT / "examples/randomwalks.yaml"), ["policy.start=null"])
+    directory = materialize(config.policy, seed=0, cache_dir=str(tmp_path))
+    next_letters = language_model(directory, rows=3)
+    model = load_model(directory, dtype=torch.float32, device=torch.device("cpu"))
+    walks = ["dtkn", "bcde", "efgh", "uuuu"]
+    ids = torch.tensor([[NODES.index(letter) for letter in walk] for walk in walks])
+    logprobs = model(input_ids=ids).logits.double().log_softmax(-1).detach()
+    expected = logprobs[:, :-1].gather(2, ids[:, 1:, None]).sum((1, 2))
+    steps = [next_letters([walk[:length] for walk in walks]) for length in (1, 2, 3)]
+    product = math.prod(step[range(4), ids[:, length]] for length, step in enumerate(steps, start=1))
+    assert np.log(product) == pytest.approx(expected.numpy(), abs=1e-5)
+    assert (steps[0].sum(axis=1) < 0.99).all(), "the end and padding are no letters"
+    found = outcomes(task, next_letters)
+    assert found.probabilities.sum(axis=1) == pytest.approx(np.ones(20))
+    assert found.probabilities[:, -1].min() > 0.9, "random weights hardly ever arrive"
 
 
 @pytest.mark.parametrize("seed", [1001, 1003, 1004])

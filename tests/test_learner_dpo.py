@@ -49,9 +49,7 @@ def is_stationary_at_the_optimum(loss) -> None:
     logits = optimum.log().requires_grad_()
     logprobs = logits.log_softmax(0)
     first, second = torch.tensor([(i, j) for i in range(3) for j in range(3) if i != j]).unbind(1)
-    losses = loss(
-        logprobs[first], logprobs[second], ref.log()[first], ref.log()[second], beta=1.0, label_smoothing=0.0
-    )
+    losses = loss(logprobs[first], logprobs[second], ref.log()[first], ref.log()[second], beta=1.0, label_smoothing=0.0)
     is_preferred = (rewards[first] - rewards[second]).sigmoid()
     (ref[first] * ref[second] * is_preferred * losses).sum().backward()
     assert logits.grad.abs().max() < 1e-12

@@ -30,9 +30,7 @@ def tokenizer(tmp_path_factory):
 
 
 def _read(path, tokenizer, *, max_tokens=16, strict=False, **score):
-    return read_offline_data(
-        Dataset(str(path)), tokenizer, ScoreConfig(**score), max_tokens=max_tokens, strict=strict
-    )
+    return read_offline_data(Dataset(str(path)), tokenizer, ScoreConfig(**score), max_tokens=max_tokens, strict=strict)
 
 
 def _jsonl(tmp_path, rows) -> str:
@@ -87,7 +85,9 @@ def test_preferences_are_two_trajectories_and_a_pair(tmp_path, tokenizer):
     better, worse = data.trajectories
     assert (better.prompt_ids, better.response_ids, better.score) == ([0, 1], [2, EOS], 1.0)
     assert (worse.prompt_ids, worse.response_ids, worse.score) == ([0, 1], [3, 4, EOS], -1.0)
-    assert better.is_terminal and worse.is_terminal and all(better.is_learnt + worse.is_learnt)
+    assert better.is_terminal
+    assert worse.is_terminal
+    assert all(better.is_learnt + worse.is_learnt)
     (pair,) = preference_pairs(data.judged)
     assert (pair.chosen_ids, pair.rejected_ids) == (better.response_ids, worse.response_ids)
 
@@ -96,9 +96,7 @@ def test_ratings_are_scores_and_all_of_the_completion_is_learnt(tmp_path, tokeni
     data = _read(_jsonl(tmp_path, [{"prompt": "ab", "completion": "cd", "rating": 3}]), tokenizer)
     assert data.kind == "ratings"
     assert data.trajectories == [
-        Trajectory(
-            prompt_ids=[0, 1], response_ids=[2, 3, EOS], is_learnt=[True] * 3, score=3.0, is_terminal=True
-        )
+        Trajectory(prompt_ids=[0, 1], response_ids=[2, 3, EOS], is_learnt=[True] * 3, score=3.0, is_terminal=True)
     ]
 
 
@@ -138,8 +136,9 @@ def test_wrong_rows_are_left_out_and_named(tmp_path, tokenizer):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"response_text": "ce"}, "must spell the response with the policy's tokenizer, got 'cd' for 'ce'"),
-        ({"response_ids": [2, 99, EOS]}, "must spell the response with the policy's tokenizer, got None"),
+        ({"response_text": "ce"}, "must spell response_text with the policy's tokenizer, got 'cd' for 'ce'"),
+        ({"response_ids": [2, 99, EOS]}, "must spell response_text with the policy's tokenizer, got None"),
+        ({"prompt_ids": [0, 99]}, "must spell response_text with the policy's tokenizer, got None"),
         ({"components": []}, "at least one component"),
         ({"components": [("good", float("nan"))]}, "component 'good' must be a finite number"),
         ({"loss_mask": [False] * 3}, "loss_mask must be true on some of 3"),

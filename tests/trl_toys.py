@@ -81,7 +81,8 @@ def rloo_trainer(rewards: Sequence[float] = (), **settings: Any) -> RLOOTrainer:
     )
 
 
-def dpo_gradients(pairs: Sequence[dict[str, str]], **settings: Any) -> dict[str, torch.Tensor]:
+@functools.cache
+def dpo_gradients(pairs: tuple[tuple[str, str, str], ...], loss_type: str, **settings: Any) -> dict[str, torch.Tensor]:
     """Return TRL's gradients of the policy of seed 1 by DPO of some pairs, with that of seed 0 as the reference."""
     config = DPOConfig(
         output_dir=directory(),
@@ -90,13 +91,15 @@ def dpo_gradients(pairs: Sequence[dict[str, str]], **settings: Any) -> dict[str,
         use_cpu=True,
         report_to="none",
         gradient_checkpointing=False,
+        loss_type=[loss_type],
         **settings,
     )
+    rows = [dict(zip(("prompt", "chosen", "rejected"), pair, strict=True)) for pair in pairs]
     trainer = DPOTrainer(
         model=loaded_model(1),
         ref_model=loaded_model(0),
         args=config,
-        train_dataset=Dataset.from_list(list(pairs)),
+        train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer(),
     )
     trainer.model.eval()
@@ -114,6 +117,28 @@ def token_ids(text: str, *, ends: bool) -> list[int]:
 def generated(trainer: GRPOTrainer | RLOOTrainer) -> dict[str, torch.Tensor]:
     """Return what the trainer makes of one generation: token ids, masks, log-probs and advantages."""
     return trainer._generate_and_score_completions(_rows())
+
+
+def generated_elsewhere(mode: str, low: float | None, high: float | None) -> dict[str, torch.Tensor]:
+    """Return what the trainer makes of completions whose recorded log-probs are another policy's, with its weights."""
+    trainer = grpo_trainer(
+        [0.0] * len(_rows()),
+        vllm_importance_sampling_mode=mode,
+        vllm_importance_sampling_clip_min=low,
+        vllm_importance_sampling_clip_max=high,
+    )
+    generate = trainer._generate
+    generator = torch.Generator().manual_seed(9)
+
+    def generate_elsewhere(prompts: list[str]) -> tuple[Any, ...]:
+        trainer.use_vllm = False  # no engine is asked: only the correction for one is switched on
+        found = list(generate(prompts))
+        trainer.use_vllm = True
+        found[4] = [(-2 - 0.7 * torch.randn(len(ids), generator=generator)).tolist() for ids in found[1]]
+        return tuple(found)
+
+    trainer._generate = generate_elsewhere
+    return generated(trainer)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,10 +212,12 @@ Oracle = Callable[[Padded], tuple[torch.Tensor, torch.Tensor]]
 
 
 def grpo_loss(**settings: Any) -> Oracle:
-    """Return TRL's GRPO loss with some settings of `GRPOConfig`."""
-    return lambda batch: loss_and_gradient(grpo_trainer(**({"beta": 0.0} | settings)), batch)
+    """Return TRL's GRPO loss with some settings of `GRPOConfig`; the trainer is built at the first call."""
+    trainer = functools.cache(lambda: grpo_trainer(**({"beta": 0.0} | settings)))
+    return lambda batch: loss_and_gradient(trainer(), batch)
 
 
 def rloo_loss(**settings: Any) -> Oracle:
-    """Return TRL's RLOO loss with some settings of `RLOOConfig`."""
-    return lambda batch: loss_and_gradient(rloo_trainer(**({"beta": 0.0} | settings)), batch)
+    """Return TRL's RLOO loss with some settings of `RLOOConfig`; the trainer is built at the first call."""
+    trainer = functools.cache(lambda: rloo_trainer(**({"beta": 0.0} | settings)))
+    return lambda batch: loss_and_gradient(trainer(), batch)

@@ -17,6 +17,8 @@ def write_rated_walks(directory: str, *, seed: int) -> None:
     """
     task = make_task(seed)
     rated = [(walk, task.optimality(walk)) for walk in task.walks]
-    rows = [{"prompt": walk[0], "completion": walk[1:], "rating": rating} for walk, rating in rated if rating is not None]
+    rows = [
+        {"prompt": walk[0], "completion": walk[1:], "rating": rating} for walk, rating in rated if rating is not None
+    ]
     with open(os.path.join(directory, "walks.jsonl"), "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
