@@ -160,8 +160,8 @@ def vtrace(
 
     v_t - V(s_t) = delta_t + discount_t c_t (v_{t+1} - V(s_{t+1})),
     delta_t = rho_t (r_t + discount_t V(s_{t+1}) - V(s_t)),  rho_t = min(rho_clip, ratio_t),
-    c_t = lambda min(c_clip, ratio_t);  the advantage is rho_t (r_t + discount_t v_{t+1} - V(s_t)).
-    On-policy the errors are `gae`.
+    c_t = lambda min(c_clip, ratio_t);  the advantage is rho_t (r_t + discount_t q_{t+1} - V(s_t)) with
+    q = lambda v + (1 - lambda) V, which is the paper's v for lambda 1.  On-policy errors and advantages are `gae`.
 
     Args:
         rewards: [..., T].
@@ -180,7 +180,7 @@ def vtrace(
     rho, traces = ratios.clamp(max=rho_clip), gae_lambda * ratios.clamp(max=c_clip)
     deltas = rho * (rewards + discounts * values[..., 1:] - values[..., :-1])
     errors = _discounted_sums(deltas, discounts * traces)
-    targets = torch.cat([values[..., 1:-1] + errors[..., 1:], values[..., -1:]], dim=-1)
+    targets = torch.cat([values[..., 1:-1] + gae_lambda * errors[..., 1:], values[..., -1:]], dim=-1)
     return VTrace(errors=errors, advantages=rho * (rewards + discounts * targets - values[..., :-1]))
 
 

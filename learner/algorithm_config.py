@@ -33,8 +33,8 @@ class KLConfig(Config):
     """Of the penalty (Schulman 2020). In a loss only k2 has the gradient of KL(policy || reference), k3 has that of
     KL(reference || policy), and k1 needs `importance_weighted`."""
     importance_weighted: bool = False
-    """In a loss: multiply by the ratio to the sampling policy, gradient included; every estimator then has the true
-    gradient, off-policy too."""
+    """In a loss: multiply by the ratio to the sampling policy, for k1 and k3 with the ratio's gradient; all three then
+    have the gradient of KL(policy || reference), off-policy too (DeepSeek-V3.2, 2512.02556)."""
     controller: Literal["fixed", "adaptive"] = "fixed"
     """adaptive: Ziegler et al. 2019, section 2.2."""
     target: float | None = Field(default=None, gt=0)

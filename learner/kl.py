@@ -3,7 +3,7 @@
 Which estimator where: in the reward k1, whose penalty has the right gradient through the policy-gradient theorem; in a
 loss k2, whose own gradient is that of the KL; k3 for monitoring, because it is unbiased like k1 but never negative.  As
 a loss k1 has no gradient in expectation, and k3 has that of KL(other || policy).  Multiplied by the ratio to the policy
-that sampled, its gradient included, each has the gradient of the mean that it estimates: k1 and k3 that of the KL.
+that sampled all three have the gradient of the KL, k1 and k3 with the ratio's own gradient, k2 without it.
 """
 
 import math

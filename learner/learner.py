@@ -118,7 +118,9 @@ class LearnerRank:
         samples = read_samples(tables, plan)
         first_pass = self._first_pass(samples, plan)
         targets, metrics = judge(samples, first_pass, plan, self._algorithm, self._credit)
-        batch = StepBatch(plan=plan, samples=samples, targets=targets)
+        batch = StepBatch(
+            plan=plan, samples=samples, targets=targets, is_only_update_on_policy=self._is_on_policy(samples, plan)
+        )
         num_updates = self._num_updates()
         fault("learner.before_backward", self._rank)
         try:
@@ -197,6 +199,14 @@ class LearnerRank:
             rank=self._rank,
             world_size=learner.num_ranks,
         )
+
+    def _is_on_policy(self, samples: Sequence[Sample], plan: StepPlan) -> bool:
+        """Return whether the step's one update starts from the policy that sampled: its ratio is 1 to the last bit."""
+        if len(plan.updates) != 1 or not self._is_exact or self._algorithm.off_policy.old_logprobs != "auto":
+            return False
+        if self._version is None:
+            return self._num_updates() == 0
+        return all(bool((sample.policy_versions == self._version).all()) for sample in samples)
 
     def _num_updates(self) -> int:
         """Return the number of updates of all engines."""
@@ -277,8 +287,7 @@ class LearnerRank:
         predictions = Predictions(logprobs=forward.logprobs, entropy=forward.entropy, values=values)
         indices = sample_indices(microbatch, batch.plan)
         targets = batch.select(indices, row.targets.shape[0], self._device)
-        if len(batch.plan.updates) == 1 and self._is_exact and self._algorithm.off_policy.old_logprobs == "auto":
-            # The only update of a step starts from the old policy itself: the ratio is 1 to the last bit.
+        if batch.is_only_update_on_policy:
             targets = replace(targets, old_logprobs=forward.logprobs.detach())
         weights = aggregation_weights(
             row.lengths,

@@ -111,7 +111,11 @@ def minibatch_loss(
 
 def _kl_terms(logprobs: torch.Tensor, targets: Targets, algorithm: AlgorithmConfig) -> torch.Tensor:
     terms = ESTIMATORS[algorithm.kl.estimator](logprobs, targets.ref_logprobs)
-    return terms * (logprobs - targets.old_logprobs).exp() if algorithm.kl.importance_weighted else terms
+    if not algorithm.kl.importance_weighted:
+        return terms
+    ratio = (logprobs - targets.old_logprobs).exp()
+    # The mean of k2 is not the KL: only its own gradient is right, so the ratio must not add to it.
+    return terms * (ratio.detach() if algorithm.kl.estimator == "k2" else ratio) * targets.importance
 
 
 def _value_total(

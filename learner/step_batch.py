@@ -18,6 +18,8 @@ class StepBatch:
     plan: StepPlan
     samples: Sequence[Sample]
     targets: Sequence[SampleTargets]
+    is_only_update_on_policy: bool = False
+    """Whether the current policy of the step's one update is the one that sampled, so that it is the old one."""
 
     def select(self, indices: Sequence[int], num_tokens: int, device: torch.device) -> Targets:
         """Return the targets of some samples' tokens, one after another."""

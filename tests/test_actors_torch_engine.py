@@ -196,7 +196,7 @@ def test_logits_hook_sees_every_draw_and_its_result_is_recorded():
 @every_architecture
 @pytest.mark.parametrize("shift", [0, 1])
 def test_logits_hook_gets_the_states_its_logits_are_made_of(name, shift):
-    """Both from a prefill that several samples share and from decoding; the planted twin takes its neighbour's state."""
+    """From a prefill that samples share, and from decoding; the planted twin takes its neighbour's state."""
     engine = make_engine(name)
     head = engine._model.get_output_embeddings()
     cap = getattr(engine._model.config, "final_logit_softcapping", None)

@@ -5,13 +5,16 @@ C8: weights without limit are unbiased; a limit or a mask loses exactly the mass
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from learner.algorithm_config import AlgorithmConfig, KLConfig
 from learner.losses import LossInputs, ppo_clip
+from learner.objective import MinibatchLoss, Predictions, Targets, Weighting, minibatch_loss
 from learner.off_policy import importance_weights, mismatch
 from tests.checks import Case, Check, with_twins
 from tests.token_mdp import World, bandit, policy_gradient, sequences, softmax, tree
@@ -128,6 +131,55 @@ def masks_keep_the_mass_inside(parts: SimpleNamespace) -> None:
         torch.testing.assert_close(actual, expected)
 
 
+def loss_penalty_has_the_gradient_of_the_kl(loss: Callable[..., MinibatchLoss]) -> None:
+    """With the ratio in the loss the expectation over old samples is KL(current || reference), also away from old.
+
+    At the old policy k2 needs no ratio.  An advantage of 0 leaves nothing but the penalty.
+    """
+    for estimator, importance_weighted, start in (
+        ("k1", True, ARM_LOGITS),
+        ("k2", True, ARM_LOGITS),
+        ("k3", True, ARM_LOGITS),
+        ("k2", False, ARM_OLD_LOGITS),
+    ):
+        kl = KLConfig(coef=0.5, placement="loss", estimator=estimator, importance_weighted=importance_weighted)
+        leaf = torch.from_numpy(start[0]).clone().requires_grad_()
+        logprobs, old_logprobs, ref_logprobs = (
+            logits.log_softmax(-1) for logits in (leaf, *(torch.from_numpy(one[0]) for one in ARM_POLICIES[1:]))
+        )
+        nothing = torch.zeros(5, dtype=torch.float64)
+        result = loss(
+            Predictions(logprobs=logprobs, entropy=nothing, values=None),
+            Targets(
+                old_logprobs=old_logprobs,
+                old_values=nothing,
+                advantages=nothing,
+                returns=nothing,
+                ref_logprobs=ref_logprobs,
+                importance=nothing + 1,
+                loss_mask=torch.ones(5, dtype=torch.bool),
+            ),
+            Weighting(lengths=(1,) * 5, weights=old_logprobs.exp(), total_tokens=5, kl_coef=0.5),
+            AlgorithmConfig(kl=kl),
+        )
+        (actual,) = torch.autograd.grad(result.policy, leaf, retain_graph=True)
+        (expected,) = torch.autograd.grad((logprobs.exp() * (logprobs - ref_logprobs)).sum(), leaf)
+        torch.testing.assert_close(actual, 0.5 * expected)
+
+
+def with_kl(**changes) -> Callable[..., MinibatchLoss]:
+    def twin(predictions, targets, weighting, algorithm):
+        kl = KLConfig(**{**algorithm.kl.model_dump(), **changes})
+        return minibatch_loss(predictions, targets, weighting, AlgorithmConfig(kl=kl))
+
+    return twin
+
+
+def reference_and_old_swapped(predictions, targets, weighting, algorithm):
+    swapped = replace(targets, old_logprobs=targets.ref_logprobs, ref_logprobs=targets.old_logprobs)
+    return minibatch_loss(predictions, swapped, weighting, algorithm)
+
+
 def masking(**planted) -> SimpleNamespace:
     def token(*a):
         return correct(*a, weight="token", mask="token", mask_range=(0.6, 1.6))
@@ -206,6 +258,16 @@ CHECKS = (
             "tokens-instead-of-sequence": masking(
                 sequence=lambda *a: correct(*a, weight="sequence", mask="token", mask_range=(0.6, 1.6))
             ),
+        },
+    ),
+    Check(
+        id="C8-kl-in-loss",
+        run=loss_penalty_has_the_gradient_of_the_kl,
+        part=minibatch_loss,
+        twins={
+            "always-k3": with_kl(estimator="k3"),
+            "never-weighted": with_kl(estimator="k2", importance_weighted=False),
+            "reference-and-old-swapped": reference_and_old_swapped,
         },
     ),
     Check(

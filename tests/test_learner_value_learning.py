@@ -113,18 +113,14 @@ def test_no_gradient_goes_through_a_target(is_twin):
 
 
 def test_gradients_equal_finite_differences():
-    """C1 for these losses, away from the kink of the expectile."""
+    """C1 for these losses; V's own gradient stands above: a difference in V moves the targets, which autograd skips."""
+    given = one_trajectory(values=tensor([0.0, 0.4, 9.0]))
 
-    def total(loss_function, q, values, logprobs, q_nll):
-        inputs = one_trajectory(q=q, logprobs=logprobs, q_nll=q_nll, values=values)
-        return loss_function(inputs).loss.sum()
+    def loss(q, q_nll, logprobs):
+        inputs = dataclasses.replace(given, q=q, q_nll=q_nll, logprobs=logprobs)
+        return ilql_loss(inputs, tau=0.8, gamma=0.5, cql_coef=0.1, bc_coef=2.0, awac_beta=0.5).loss
 
-    given = one_trajectory()
-    terms = functools.partial(ilql_loss, tau=0.8, gamma=0.5, cql_coef=0.1, bc_coef=2.0)
-    # V's own gradient is checked by hand above: a difference in V also moves the targets, which autograd must not see.
-    functions = functools.partial(total, terms)
-    free = given.values.detach()
-    assert torch.autograd.gradcheck(lambda q, l, n: functions(q, free, l, n), (given.q, given.logprobs, given.q_nll))
+    assert torch.autograd.gradcheck(loss, (given.q, given.q_nll, given.logprobs))
 
 
 # --- a token game, solved -----------------------------------------------------------------------------------------
@@ -181,17 +177,15 @@ class Tables:
             lengths=self.lengths,
         )
 
-    def train(self, loss_function, *, num_updates: int = 600) -> "Tables":
-        """Gradient descent on the expected loss, each state's share scaled to 1, the target copied now and then."""
-        parameters = [self.q] if self.v is None else [self.q, self.v]
-        optimizer = torch.optim.Adam(parameters, lr=0.1, betas=(0.8, 0.99))
-        rates = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.99)
-        for _ in range(num_updates):
+    def train(self, loss_function, *, num_updates: int = 150) -> "Tables":
+        """Descend on the expected loss, with steps that grow small; the target follows."""
+        optimizer = torch.optim.Adam([self.q] if self.v is None else [self.q, self.v], betas=(0.5, 0.9))
+        for update in range(num_updates):
+            optimizer.param_groups[0]["lr"] = 0.4 * (1 - update / num_updates) ** 2
             optimizer.zero_grad()
             (loss_function(self.inputs()).loss * self.weights).sum().backward()
             optimizer.step()
-            rates.step()
-            polyak_update([self.target_q], [self.q], 0.3)
+            polyak_update([self.target_q], [self.q], 0.5)
         return self
 
 
@@ -228,7 +222,7 @@ def ilql_values(tau: float) -> np.ndarray:
 def solves_value_iteration(loss_function) -> bool:
     learned, exact = Tables(is_ilql=False).train(loss_function).q.detach().numpy(), value_iteration()
     is_seen = ~np.isnan(exact)
-    return all(np.abs(one - exact)[is_seen].max() < 1e-2 for one in learned)
+    return all(np.abs(one - exact)[is_seen].max() < 1e-5 for one in learned)
 
 
 Q_LEARNING = functools.partial(q_learning_loss, gamma=GAMMA, cql_coef=0.0, bc_coef=1.0)
@@ -261,12 +255,12 @@ def test_the_check_catches_a_wrong_target(twin):
 
 def learned_values(tau: float, loss_function=ilql_loss) -> np.ndarray:
     loss = functools.partial(loss_function, tau=tau, gamma=GAMMA, cql_coef=0.0, bc_coef=1.0)
-    return Tables(is_ilql=True).train(loss, num_updates=1500 if tau > 0.9 else 600).v.detach().numpy()
+    return Tables(is_ilql=True).train(loss).v.detach().numpy()
 
 
 @pytest.mark.parametrize("tau", [0.5, 0.8, 0.99])
 def test_ilql_converges_to_expectiles(tau):
-    np.testing.assert_allclose(learned_values(tau), ilql_values(tau), atol=0.02)
+    np.testing.assert_allclose(learned_values(tau), ilql_values(tau), atol=1e-5)
 
 
 def test_expectiles_go_from_the_mean_to_the_maximum_in_support():
@@ -287,6 +281,6 @@ def test_the_check_catches_a_turned_expectile():
 def test_the_conservative_term_keeps_unseen_tokens_low():
     """With it the token that the data does not have is worth less than any that it has; without it nothing says so."""
     with_cql = functools.partial(q_learning_loss, gamma=GAMMA, cql_coef=0.1, bc_coef=1.0)
-    free, conservative = (Tables(is_ilql=False).train(loss, num_updates=200) for loss in (Q_LEARNING, with_cql))
+    free, conservative = (Tables(is_ilql=False).train(loss) for loss in (Q_LEARNING, with_cql))
     assert free.q[0, 1, 2].item() == 0.0
     assert conservative.q[0, 1, 2].item() < -0.5
