@@ -3,11 +3,11 @@
     python -m benchmarks.randomwalks --seed 1000                 the whole table, some 20 minutes on two cores
     python -m benchmarks.randomwalks --seed 1001 --only ppo ilql
 
-One JSON line for each algorithm: `optimality` and `kl` (nats per walk) of the trained policy on held-out random numbers,
-means over all starts that can reach the goal; `frontier_optimality`, the best that any policy can reach at that KL from
-the run's supervised start; `standard_error` of the distance to it; for offline algorithms `gap_closed`, the share of the
-way from the data's mean to 1.  `--write` keeps lines and plot in `benchmarks/results/`, from which `docs/algorithms.md`
-is made.
+One JSON line for each algorithm: `optimality` and `kl` (nats per walk) of the trained policy on held-out random
+numbers, means over all starts that can reach the goal; `frontier_optimality`, the best that any policy can reach at
+that KL from the run's supervised start; `standard_error` of the distance to it; for offline algorithms `gap_closed`,
+the share of the way from the data's mean to 1.  `--write` keeps lines and plot in `benchmarks/results/`, from which
+`docs/algorithms.md` is made.
 """
 
 import argparse
@@ -99,7 +99,8 @@ def draw(lines: list[Line], exact: Outcomes, path: str) -> None:
         chosen = [line for line in lines if line.kind == kind]
         axes.scatter([line.kl for line in chosen], [line.optimality for line in chosen], marker=marker, label=kind)
     for line in lines:
-        axes.annotate(line.algorithm, (line.kl, line.optimality), fontsize=7, xytext=(4, -6), textcoords="offset points")
+        point = (line.kl, line.optimality)
+        axes.annotate(line.algorithm, point, fontsize=7, xytext=(4, -6), textcoords="offset points")
     axes.set_xlabel("KL from the supervised start, nats per walk")
     axes.set_ylabel("optimality")
     axes.set_title(f"RandomWalks, seed {lines[0].seed}" if lines else "RandomWalks")

@@ -11,6 +11,7 @@ from typing import Any
 from actors.config import PolicyConfig, PromptsConfig
 from cluster.config import ConfigError, RunConfig
 from cluster.start import start_config
+from learner.algorithm_config import AlgorithmConfig, is_plugin
 from learner.config import DataConfig
 
 _PATHS = "paths and modules start at the working directory"
@@ -27,6 +28,7 @@ def check_run(config: RunConfig) -> None:
         *check_policy(config.policy),
         *check_data(config.prompts, where="prompts"),
         *_reward(config),
+        *_algorithm(config.algorithm),
     ]
     if config.evaluation.prompts:
         problems += check_data(config.evaluation.prompts, where="evaluation.prompts")
@@ -84,6 +86,12 @@ def _reward(config: RunConfig) -> Iterator[str]:
             yield from check_model(f"{where}.model", model)
         if component.function:
             yield from _function(f"{where}.function", component.function, component.arguments)
+
+
+def _algorithm(algorithm: AlgorithmConfig) -> Iterator[str]:
+    for name, path in (("advantage", algorithm.advantage), ("policy_loss", algorithm.policy_loss)):
+        if is_plugin(path):
+            yield from _function(f"algorithm.{name}", path, {})
 
 
 def _function(where: str, path: str, arguments: Mapping[str, Any]) -> Iterator[str]:

@@ -22,10 +22,9 @@ class Preset:
     """What differs from the source."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """Nested like the configuration section."""
-    vector: str
-    """The test that compares it with published or hand-worked numbers, a pytest node id."""
-    planted: str
-    """The test in which a planted bug is caught."""
+    proof: tuple[str, str, str]
+    """Test file, check and planted bug: `FILE::test_check[CHECK]` compares the algorithm with an exact answer, and
+    `FILE::test_check[CHECK/BUG]` shows that the check fails on the bug."""
 
 
 _REINFORCE: Mapping[str, Any] = {
@@ -46,8 +45,7 @@ PRESETS: Mapping[str, Preset] = {
         source="Schulman et al. 2017 (1707.06347), Eq. 7; GAE: Schulman et al. 2015 (1506.02438), Eq. 16",
         differs="advantages are whitened over the batch; the value function is clipped as in OpenAI's code; dual clip, "
         "clip-higher and a stop at target_kl are settings",
-        vector="tests/test_checks_vectors.py",
-        planted="tests/test_checks_vectors.py",
+        proof=("tests/test_checks_vectors.py", "11a-ppo-clip", "ratio-upside-down"),
     ),
     "a2c": Preset(
         kind="online",
@@ -57,8 +55,7 @@ PRESETS: Mapping[str, Preset] = {
         source="Mnih et al. 2016 (1602.01783), Algorithm S3; PPO with one update: Huang et al. 2022 (2205.09123)",
         differs="advantage n_step gives the n-step return, n_step 1 the temporal difference; the synchronous form",
         settings={"policy_loss": "policy_gradient", "whiten_advantages": False, "value_clip_range": None},
-        vector="tests/test_learner_a2c.py",
-        planted="tests/test_learner_a2c.py",
+        proof=("tests/test_learner_a2c.py", "C12-local", "two-epochs"),
     ),
     "reinforce": Preset(
         kind="online",
@@ -66,8 +63,7 @@ PRESETS: Mapping[str, Preset] = {
         formula=_VALUES_OF_REINFORCE + r",\quad b = 0",
         source="Williams 1992, Eq. 5",
         settings=_REINFORCE,
-        vector="tests/test_checks_exact.py",
-        planted="tests/test_checks_exact.py",
+        proof=("tests/test_checks_gradient.py", "C3-reinforce", "own-reward-only"),
     ),
     "reinforce_batch_mean": Preset(
         kind="online",
@@ -76,8 +72,7 @@ PRESETS: Mapping[str, Preset] = {
         source="Williams 1992, section 3 (reinforcement comparison)",
         differs="the mean includes the sample itself, which scales the expected gradient by (B - 1) / B",
         settings={**_REINFORCE, "baseline": "batch_mean"},
-        vector="tests/test_checks_exact.py",
-        planted="tests/test_checks_exact.py",
+        proof=("tests/test_checks_gradient.py", "C3-variance", "mean-over-prompts"),
     ),
     "reinforce_ema": Preset(
         kind="online",
@@ -86,8 +81,7 @@ PRESETS: Mapping[str, Preset] = {
         source="Williams 1992, section 3 (reinforcement comparison)",
         differs="the average is of earlier steps only, so it does not depend on the sample",
         settings={**_REINFORCE, "baseline": "ema"},
-        vector="tests/test_learner_estimators.py",
-        planted="tests/test_learner_estimators.py",
+        proof=("tests/test_learner_estimators.py", "ema", "TODO"),
     ),
     "reinforce_value": Preset(
         kind="online",
@@ -95,8 +89,7 @@ PRESETS: Mapping[str, Preset] = {
         formula=_VALUES_OF_REINFORCE + r",\quad b = V_\phi(s_t)",
         source="Sutton and Barto 2018, section 13.4",
         settings={**_REINFORCE, "advantage": "gae", "gae_lambda": 1.0, "value_clip_range": None},
-        vector="tests/test_checks_exact.py",
-        planted="tests/test_checks_exact.py",
+        proof=("tests/test_checks_gradient.py", "C3-reinforce-value-baseline", "baseline-knows-the-token"),
     ),
     "rloo": Preset(
         kind="online",
@@ -112,8 +105,7 @@ PRESETS: Mapping[str, Preset] = {
             "aggregation": "sequence_mean_token_sum",
             "whiten_advantages": False,
         },
-        vector="tests/test_trl_parity.py",
-        planted="tests/test_trl_parity.py",
+        proof=("tests/test_trl_parity.py", "rloo", "token-ratio"),
     ),
     "reinforce_plus_plus": Preset(
         kind="online",
@@ -122,8 +114,7 @@ PRESETS: Mapping[str, Preset] = {
         r"A_t = \mathrm{whiten}_{batch}\left(R - \beta \sum_{i \ge t} KL_i\right)",
         source="Hu 2025 (2501.03262)",
         settings={"advantage": "returns"},
-        vector="tests/test_learner_estimators.py",
-        planted="tests/test_learner_estimators.py",
+        proof=("tests/test_learner_estimators.py", "reinforce-plus-plus", "TODO"),
     ),
     "reinforce_plus_plus_baseline": Preset(
         kind="online",
@@ -136,8 +127,7 @@ PRESETS: Mapping[str, Preset] = {
             "baseline": "group_mean",
             "kl": {"placement": "loss", "estimator": "k2"},
         },
-        vector="tests/test_learner_estimators.py",
-        planted="tests/test_learner_estimators.py",
+        proof=("tests/test_learner_estimators.py", "reinforce-plus-plus-baseline", "TODO"),
     ),
     "grpo": Preset(
         kind="online",
@@ -152,8 +142,7 @@ PRESETS: Mapping[str, Preset] = {
             "aggregation": "sequence_mean_token_mean",
             "kl": {"placement": "loss", "estimator": "k3", "coef": 0.04},
         },
-        vector="tests/test_trl_parity.py",
-        planted="tests/test_trl_parity.py",
+        proof=("tests/test_trl_parity.py", "grpo-k3", "old-for-reference"),
     ),
     "dr_grpo": Preset(
         kind="online",
@@ -167,8 +156,7 @@ PRESETS: Mapping[str, Preset] = {
             "aggregation": "sequence_mean_token_sum_norm",
             "kl": {"coef": 0.0},
         },
-        vector="tests/test_trl_parity.py",
-        planted="tests/test_trl_parity.py",
+        proof=("tests/test_trl_parity.py", "dr-grpo", "not-normed"),
     ),
     "dapo": Preset(
         kind="online",
@@ -185,8 +173,7 @@ PRESETS: Mapping[str, Preset] = {
             "dynamic_sampling": {},
             "overlong_buffer": 0.2,
         },
-        vector="tests/test_trl_parity.py",
-        planted="tests/test_trl_parity.py",
+        proof=("tests/test_trl_parity.py", "dapo", "one-clip"),
     ),
     "gspo": Preset(
         kind="online",
@@ -202,8 +189,7 @@ PRESETS: Mapping[str, Preset] = {
             "aggregation": "sequence_mean_token_mean",
             "kl": {"coef": 0.0},
         },
-        vector="tests/test_trl_parity.py",
-        planted="tests/test_trl_parity.py",
+        proof=("tests/test_trl_parity.py", "gspo", "product"),
     ),
     "cispo": Preset(
         kind="online",
@@ -213,8 +199,7 @@ PRESETS: Mapping[str, Preset] = {
         source="MiniMax 2025 (2506.13585), Eq. 4 and 5",
         differs="the lower clip is off (clip_range 1), as in the paper; the upper one, which it does not give, is 4",
         settings={**_GROUP, "policy_loss": "cispo", "clip_range": 1.0, "clip_range_high": 4.0, "kl": {"coef": 0.0}},
-        vector="tests/test_trl_parity.py",
-        planted="tests/test_trl_parity.py",
+        proof=("tests/test_trl_parity.py", "cispo", "lower-clip"),
     ),
     "dpo": Preset(
         kind="offline",
@@ -222,8 +207,7 @@ PRESETS: Mapping[str, Preset] = {
         formula=r"-\log \sigma\left(\beta \log \frac{\pi_\theta(y_w)}{\pi_{ref}(y_w)} - "
         r"\beta \log \frac{\pi_\theta(y_l)}{\pi_{ref}(y_l)}\right)",
         source="Rafailov et al. 2023 (2305.18290), Eq. 7; label smoothing: Mitchell 2023 (cDPO)",
-        vector="tests/test_trl_parity.py",
-        planted="tests/test_learner_dpo.py",
+        proof=("tests/test_trl_parity.py", "dpo-model", "sides-swapped"),
     ),
     "ilql": Preset(
         kind="offline",
@@ -231,8 +215,7 @@ PRESETS: Mapping[str, Preset] = {
         formula=r"L_V = \mathbb{E}[L_2^\tau(\hat{Q} - V)],\quad L_Q = \mathbb{E}[(r + \gamma V(s') - Q)^2],\quad "
         r"\pi \propto \pi_\beta \exp(\beta (\hat{Q} - V))",
         source="Snell et al. 2022 (2206.11871), section 4; CQL: Kumar et al. 2020 (2006.04779)",
-        vector="tests/test_learner_value_learning.py",
-        planted="tests/test_learner_value_learning.py",
+        proof=("tests/test_learner_value_learning.py", "TODO", "TODO"),
     ),
     "q_learning": Preset(
         kind="offline",
@@ -240,8 +223,7 @@ PRESETS: Mapping[str, Preset] = {
         formula=r"L_Q = \mathbb{E}[(r + \gamma \max_a \hat{Q}(s', a) - Q(s, a))^2],\quad "
         r"\pi \propto \pi_\beta \exp(\beta (\hat{Q} - \max_a \hat{Q}))",
         source="Watkins and Dayan 1992; Jaques et al. 2019 (1907.00456)",
-        vector="tests/test_learner_value_learning.py",
-        planted="tests/test_learner_value_learning.py",
+        proof=("tests/test_learner_value_learning.py", "TODO", "TODO"),
     ),
 }
 """By the name in the configuration."""
