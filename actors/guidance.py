@@ -4,7 +4,7 @@
 
 V(s) is the same for all tokens, so it moves no probability; it keeps the logits of the size they had.
 
-Source: Snell et al. 2022 (ILQL, arXiv 2206.11871), section 4.3.
+Source: Snell et al. 2022 (ILQL, arXiv 2206.11871), policy extraction.
 """
 
 from collections.abc import Sequence

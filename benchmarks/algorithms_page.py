@@ -64,7 +64,7 @@ def _table(results: Results) -> Iterator[str]:
         "RandomWalks: mean optimality (1 = every walk as short as possible) at temperature 1 on held-out random",
         "numbers, and KL from the supervised start in nats per walk; in brackets the exact best at that KL. No point",
         "may lie above it by more than three standard errors. For offline algorithms, which learn from 1,000 random",
-        "walks, the share of the way from the data's mean to 1 that they close. Time relative to PPO of the same table.",
+        "walks, the share of the way from the data's mean to 1 that they close. Time relative to PPO's.",
         "",
     )
     seeds = list(results)

@@ -6,7 +6,7 @@ Which metrics are drawn together is declared in `charts_of`; where a run does no
 import html
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -52,8 +52,8 @@ class Chart:
         return tuple(series for series in self.series if _is_recorded(series.column, columns))
 
 
-def charts_of(components: Sequence[str]) -> list[Chart]:
-    """Return the charts of a run whose reward has these components."""
+def charts_of(components: Sequence[str], columns: Container[str]) -> list[Chart]:
+    """Return the charts of a run whose reward has these components; some need a metric that only some runs have."""
     judges = [
         _pair(f"Judge: {name}", "Raw score of this judge, before its weight.", f"{name}_mean") for name in components
     ]
@@ -73,9 +73,8 @@ def charts_of(components: Sequence[str]) -> list[Chart]:
         _single(
             "KL of one update", "From the policy that sampled to the one that learned, nats per token.", "approx_kl"
         ),
-        _single("Policy loss", "Clipped surrogate, mean over the step's updates.", "policy_loss"),
-        _single("Value loss", "Squared error of the value head.", "value_loss"),
-        _single("Explained variance", "Of returns by the value head; 1 is perfect.", "value_explained_variance"),
+        _single("Policy loss", "Mean over the step's updates.", "policy_loss"),
+        *(chart for chart in _OF_SOME_RUNS if chart.series[0].column in columns),
         _single("Gradient norm", "Before clipping.", "grad_norm"),
         _single("Learning rate", "At the step's last update.", "learning_rate"),
         Chart(
@@ -141,6 +140,19 @@ def _pair(title: str, note: str, column: str) -> Chart:
 
 def _single(title: str, note: str, column: str) -> Chart:
     return Chart(title=title, note=note, series=(Series(column=column, label="training", colour=1),))
+
+
+_OF_SOME_RUNS = (
+    _single("Value loss", "Squared error of the value head.", "value_loss"),
+    _single("Explained variance", "Of returns by the value head; 1 is perfect.", "value_explained_variance"),
+    _single("KL term of the loss", "The estimator's mean, before its coefficient.", "kl_loss"),
+    _single("KL to the moving reference", "Nats per response.", "reference_kl"),
+    _single("Sampler and learner", "KL from the policy that sampled to the learner's, nats per token.", "mismatch_k3"),
+    _single("Effective sample size", "Of the importance weights, as a share of the tokens.", "mismatch_ess"),
+    _single("Groups without contrast", "Left out by dynamic sampling, a step.", "num_uninformative"),
+    _single("Cost", "Mean cost of the step's responses; the constraint holds it under its limit.", "cost_mean"),
+    _single("Lambda", "Lagrange multiplier of the constraint.", "lambda"),
+)
 
 
 def _prepare(axes: Any, steps: np.ndarray) -> None:

@@ -5,6 +5,7 @@ from rich.table import Table
 
 from cluster.config import RunConfig
 from cluster.placement import Placement, plan_placement
+from learner.algorithm_config import AlgorithmConfig
 
 
 def batch_plan(config: RunConfig) -> dict[str, int | str]:
@@ -14,6 +15,7 @@ def batch_plan(config: RunConfig) -> dict[str, int | str]:
     updates = learner.epochs * learner.num_minibatches
     per_rank = f"{sequences // learner.num_ranks}" + ("" if sequences % learner.num_ranks == 0 else " or more")
     return {
+        "algorithm": _algorithm(config.algorithm),
         "prompts per step": rollouts.prompts_per_step,
         **_drawn(config),
         "samples per prompt": rollouts.samples_per_prompt,
@@ -25,6 +27,14 @@ def batch_plan(config: RunConfig) -> dict[str, int | str]:
         "steps": config.run.num_steps,
         "optimizer updates in all": updates * config.run.num_steps,
     }
+
+
+def _algorithm(algorithm: AlgorithmConfig) -> str:
+    """Return e.g. `grpo: advantage group, ppo_clip, sequence_mean_token_mean, KL k3 in the loss x 0.04`."""
+    kl = algorithm.kl
+    penalty = f"KL {kl.estimator} in the {kl.placement} x {kl.coef:g}" if kl.coef else "no KL penalty"
+    parts = (f"advantage {algorithm.advantage}", algorithm.policy_loss, algorithm.aggregation, penalty)
+    return f"{algorithm.name}: {', '.join(parts)}"
 
 
 def _drawn(config: RunConfig) -> dict[str, int | str]:

@@ -35,7 +35,7 @@ def build_report(run_dir: str) -> str:
     config = yaml.safe_load(config_text)
     columns = _read_metrics(storage)
     summary = json.loads(storage.read_text("summary.json")) if storage.exists("summary.json") else {}
-    charts = charts_of(list(config["reward"]["components"]))
+    charts = charts_of(list(config["reward"]["components"]), columns)
     before, after = _evaluations(storage)
     page = Template(files("cluster").joinpath("report_page.html").read_text(encoding="utf-8"))
     text = page.substitute(

@@ -5,8 +5,9 @@ Trajectories lie one behind the other: A = sum A_i actions, A + N states.
 
 What differs from the papers:
 
-* ILQL (Snell et al. 2022): awac_beta 0 makes its advantage-weighted policy loss plain behaviour cloning, as its authors
-  and trlx run it; weights are bounded.
+* ILQL (Snell et al. 2022): the paper has three transformers, a policy of the data, values, and a slow copy of the
+  latter; here, as in trlx, one trunk bears the policy and all heads, and only the Q heads have a slow copy.
+* awac_beta 0 makes its policy loss plain behaviour cloning; above 0 its weights are bounded.
 * Q-learning has ILQL's twin Q and, with cql_coef above 0, its conservative term; both off is Watkins's rule.
 """
 
@@ -62,7 +63,8 @@ def ilql_loss(
     L_V = L2^tau(min Qhat(s, a) - V(s)); L_Q = sum over both heads of (r + gamma V(s') - Q(s, a))^2; L_AWAC =
     -exp(awac_beta (min Qhat(s, a) - V(s))) log pi(a|s).  No gradient goes through a target.
 
-    Source: Snell et al. 2022, arXiv 2206.11871, Eqs. 2-5.
+    Source: Snell et al. 2022, arXiv 2206.11871, L_{Q,V}; the weighted policy loss is Nair et al. 2020 (AWAC,
+    arXiv 2006.09359).
     """
     states = states_before(inputs.values, inputs.lengths)
     errors = inputs.target_q.detach() - states
@@ -83,7 +85,7 @@ def q_learning_loss(inputs: ValueInputs, *, gamma: float, cql_coef: float, bc_co
 def expectile_loss(errors: torch.Tensor, tau: float) -> torch.Tensor:
     """Return |tau - 1(u < 0)| u^2 of each error u = target - estimate; tau 0.5 is half the squared error.
 
-    Source: Snell et al. 2022, Eq. 2; Kostrikov et al. 2021 (arXiv 2110.06169), Eq. 4.
+    Source: Kostrikov et al. 2021 (IQL, arXiv 2110.06169), L_2^tau; Newey and Powell 1987.
     """
     return torch.where(errors < 0, 1 - tau, tau) * errors.square()
 
@@ -132,7 +134,7 @@ def polyak_update(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tenso
 def token_nll(q: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
     """Return -log softmax(Q)[a], [B], of Q [B, V]: ILQL's conservative term, small where Q prefers the data's tokens.
 
-    Source: Snell et al. 2022, section 4.2, after Kumar et al. 2020 (CQL, arXiv 2006.04779).
+    Source: Snell et al. 2022, L_CQL, after Kumar et al. 2020 (CQL, arXiv 2006.04779).
     """
     return nn.functional.cross_entropy(q, actions, reduction="none")
 

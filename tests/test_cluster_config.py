@@ -5,8 +5,10 @@ import sys
 import time
 
 import pytest
+import yaml
 
 from cluster.config import ConfigError, RunConfig, load, to_yaml, validate
+from learner.presets import ONLINE
 
 MINIMAL = {
     "run": {"dir": "runs/x", "num_steps": 2},
@@ -148,3 +150,100 @@ def test_values_that_no_setting_can_have(tmp_path, override, expected):
     path.write_text(to_yaml(validate(RunConfig, MINIMAL, where="test")))
     with pytest.raises(ConfigError, match=re.escape(expected)):
         load(RunConfig, str(path), [override])
+
+
+# What the algorithm asks of other sections.
+
+ALONE = {"samples_per_prompt": 1}
+
+
+def _sections(**sections):
+    return {**MINIMAL, **sections}
+
+
+@pytest.mark.parametrize(
+    ("sections", "expected"),
+    [
+        *(
+            (
+                {"algorithm": name, "rollouts": ALONE},
+                f"rollouts.samples_per_prompt must be at least 2 with algorithm {name}",
+            )
+            for name in ("rloo", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "reinforce_plus_plus_baseline")
+        ),
+        (
+            {"algorithm": {"name": "reinforce", "dynamic_sampling": {}}, "rollouts": ALONE},
+            "rollouts.samples_per_prompt must be at least 2 with algorithm reinforce",
+        ),
+        (
+            {"algorithm": "rloo", "learner": {"critic": "separate"}},
+            "learner.critic must be left out with algorithm rloo, which has no value function, got separate",
+        ),
+        (
+            {"algorithm": "a2c", "learner": {"epochs": 2}},
+            "learner.epochs must be 1 with algorithm.policy_loss policy_gradient, which may use a sample once, got 2",
+        ),
+        (
+            {
+                "algorithm": "grpo",
+                "reward": {**MINIMAL["reward"], "credit": {"component": "length", "kind": "potential"}},
+            },
+            "reward.credit must be left out with algorithm grpo",
+        ),
+        (
+            {"algorithm": {"name": "dapo", "dynamic_sampling": {"component": "lenght"}}},
+            "algorithm.dynamic_sampling.component must be one of reward.components length, got 'lenght'",
+        ),
+        (
+            {"algorithm": {"kl": {"controller": "adaptive", "target": 6.0, "horizon": 3}}},
+            "algorithm.kl.horizon must be above a fifth of the",
+        ),
+        ({"algorithm": "grppo"}, "algorithm: name must be one of ppo, "),
+        (
+            {"algorithm": {"name": "rloo", "clip_rnage": 0.1}},
+            "algorithm.clip_rnage is not a setting; did you mean 'clip_range'?",
+        ),
+        ({"algorithm": {"name": "rloo", "gae_lambda": 0.9}}, "algorithm: gae_lambda must be left out, got 0.9"),
+        ({"algorithm": 5}, "algorithm must be"),
+        ({"algorithm": {"name": "grpo", "kl": {"estimator": "k1"}}}, "algorithm.kl: `estimator` must be k2 or k3"),
+        ({"algorithm": {"reference": {"mode": "swap"}}}, "algorithm.reference: `every` must be set with mode swap"),
+    ],
+    ids=str,
+)
+def test_what_the_algorithm_does_not_get_is_named(sections, expected):
+    with pytest.raises(ConfigError) as caught:
+        validate(RunConfig, _sections(**sections), where="config.yaml")
+    assert expected in str(caught.value)
+    assert str(caught.value).count("\n") == 0, "one mistake gives one line"
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        *({"algorithm": name} for name in ONLINE),
+        {"algorithm": "reinforce", "rollouts": ALONE},
+        {"algorithm": "ppo", "rollouts": ALONE, "learner": {"critic": "separate", "epochs": 4}},
+        {"algorithm": "a2c", "learner": {"num_minibatches": 2}},
+        {"algorithm": {"name": "dapo", "dynamic_sampling": {"component": "length"}}},
+        {
+            "algorithm": "reinforce",
+            "reward": {**MINIMAL["reward"], "credit": {"component": "length", "kind": "potential"}},
+        },
+    ],
+    ids=str,
+)
+def test_what_fits_together_runs_and_round_trips_through_yaml(sections, tmp_path):
+    config = validate(RunConfig, _sections(**sections), where="test")
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(config))
+    assert load(RunConfig, str(path)) == config
+
+
+@pytest.mark.parametrize("written", ["rloo", {"name": "rloo"}], ids=str)
+def test_an_override_of_one_setting_keeps_the_preset(tmp_path, written):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(_sections(algorithm=written)))
+    config = load(RunConfig, str(path), ["algorithm.clip_range=0.1", "algorithm.kl.coef=0.2"]).algorithm
+    assert (config.name, config.advantage, config.clip_range, config.kl.coef) == ("rloo", "leave_one_out", 0.1, 0.2)
+    assert load(RunConfig, str(path), ["algorithm.name=grpo"]).algorithm.advantage == "group"
+    assert load(RunConfig, str(path), ["algorithm=grpo"]).algorithm.advantage == "group"

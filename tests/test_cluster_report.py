@@ -148,8 +148,17 @@ def _read(path):
         return file.read()
 
 
+COLUMNS = ("value_loss", "value_explained_variance")
+
+
+def test_charts_of_other_algorithms_are_left_out():
+    titles = [chart.title for chart in charts_of(COMPONENTS, ("kl_loss", "lambda"))]
+    assert "Value loss" not in titles
+    assert {"KL term of the loss", "Lambda"} <= set(titles)
+
+
 def test_every_chart_is_there(page):
-    charts = charts_of(COMPONENTS)
+    charts = charts_of(COMPONENTS, COLUMNS)
     assert len(charts) == 16
     assert page.tags.count("svg") == len(charts)
     labels = [value for name, value in page.attributes if name == "aria-label"]
@@ -223,7 +232,7 @@ def test_missing_metrics_are_noted_and_the_rest_is_drawn(tmp_path):
     without = ("clip_fraction", "eval_kl", "publish_s", "score_std")
     page = _Page(_read(build_report(str(write_run(tmp_path / "run", without=without)))))
     assert "Not recorded in this run: eval_kl, clip_fraction, publish_s." in page.text
-    assert page.tags.count("svg") == len(charts_of(COMPONENTS)) - 1, "all but the chart with nothing to draw"
+    assert page.tags.count("svg") == len(charts_of(COMPONENTS, COLUMNS)) - 1, "all but the chart with nothing to draw"
 
 
 def test_an_evaluation_alone_and_an_interrupted_run_can_be_reported(tmp_path):

@@ -1,9 +1,9 @@
 """From a step's rewards and values to advantages, by hand: two groups of two responses of different lengths.
 
-    group A   a   2 tokens, ended      rewards  -.1  1        values  .5  .2         ratios  .5  2
-              b   1 token, cut off               .3                   .1       (.4)          2
-    group B   c   3 tokens, cut off             0  .2  .4             .3 -.1 .2 (.6)         1  .5  4
-              d   1 token, ended                -.2                   .2                     .25
+group A   a   2 tokens, ended      rewards  -.1  1        values  .5  .2         ratios  .5  2
+          b   1 token, cut off               .3                   .1       (.4)          2
+group B   c   3 tokens, cut off             0  .2  .4             .3 -.1 .2 (.6)         1  .5  4
+          d   1 token, ended                -.2                   .2                     .25
 """
 
 from collections.abc import Callable, Sequence
@@ -159,9 +159,7 @@ CHECKS = (
     ),
     Check(
         id="group",
-        run=by_hand(
-            settings(advantage="group", scale_by_std=False), [[0.3, 0.3], [-0.3], [0.4, 0.4, 0.4], [-0.4]]
-        ),
+        run=by_hand(settings(advantage="group", scale_by_std=False), [[0.3, 0.3], [-0.3], [0.4, 0.4, 0.4], [-0.4]]),
         part=estimate,
         twins={"scaled": configured(scale_by_std=True), "of-the-batch": ONE_GROUP},
     ),
@@ -203,19 +201,19 @@ CHECKS = (
         part=estimate,
         twins={"lambda-1": configured(gae_lambda=1.0), "all-ended": ENDED, "padded-at-the-end": padded_at_the_end},
     ),
-    Check(  # rho .5 1 | 1 | 1 .5 1 | .25, the same for c times lambda .5
+    Check(  # rho .5 1.5 | 1.5 | 1 .5 1.5 | .25; c .25 .4 | .4 | .4 .25 .4 | .125, lambda included
         id="vtrace",
         run=by_hand(
-            settings(advantage="vtrace", gae_lambda=0.5, **DISCOUNTED),
-            [[-0.05, 0.8], [0.4], [-0.21875, 0.325, 0.5], [-0.1]],
-            [[0.35, 1.0], [0.5], [0.015625, 0.1625, 0.7], [0.1]],
+            settings(advantage="vtrace", gae_lambda=0.5, vtrace_rho=1.5, vtrace_c=0.8, **DISCOUNTED),
+            [[-0.1, 1.2], [0.6], [-0.2765625, 0.29375, 0.75], [-0.1]],
+            [[0.4, 1.4], [0.7], [0.00875, 0.19375, 0.95], [0.1]],
         ),
         part=estimate,
         twins={
             "on-policy": ON_POLICY,
             "upside-down": UPSIDE_DOWN,
             "rho-not-truncated": configured(vtrace_rho=9.0),
-            "trace-truncated-further": configured(vtrace_c=0.4),
+            "trace-not-truncated": configured(vtrace_c=9.0),
             "all-ended": ENDED,
             "padded-at-the-end": padded_at_the_end,
         },
@@ -381,16 +379,18 @@ JUDGED = (
         part=judge,
         twins={"the-limit-ends": judged(missing_eos_penalty=1.0), "no-penalty": planned(kl_coef=0.0)},
     ),
+    Check(
+        id="vtrace-of-own-tokens",
+        run=masked_tokens_are_on_policy,
+        part=judge,
+        twins={"masked-tokens-count": every_token},
+    ),
 )
 
 
 @with_twins(JUDGED)
 def test_judged(case: Case) -> None:
     case.verify()
-
-
-def test_what_is_recorded_at_a_masked_token_is_no_importance_weight() -> None:
-    masked_tokens_are_on_policy(judge)
 
 
 # The moving average through the controller that keeps it.

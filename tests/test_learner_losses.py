@@ -30,13 +30,13 @@ def inputs(
         old_logprobs=logprobs.detach() - torch.tensor(ratios, dtype=torch.float64).log(),
         advantages=torch.tensor(advantages, dtype=torch.float64),
         lengths=lengths,
-        loss_mask=torch.tensor(mask or (True,) * len(ratios)),
+        loss_mask=torch.tensor(mask or (True,) * len(ratios), dtype=torch.bool),
     )
 
 
 def is_by_hand(loss: PolicyLoss, logprobs: torch.Tensor, *, values: list[float], slopes: list[float]) -> None:
     """Compare each token's loss and the gradient of their sum."""
-    torch.testing.assert_close(loss.loss, torch.tensor(values, dtype=torch.float64))
+    torch.testing.assert_close(loss.loss, torch.tensor(values, dtype=torch.float64), rtol=1e-6, atol=0)
     (gradient,) = torch.autograd.grad(loss.loss.sum(), logprobs)
     torch.testing.assert_close(gradient, torch.tensor(slopes, dtype=torch.float64))
     assert not loss.ratio.requires_grad
