@@ -13,6 +13,7 @@ from cluster.config import ConfigError, RunConfig
 from cluster.start import start_config
 from learner.algorithm_config import AlgorithmConfig, is_plugin
 from learner.config import DataConfig
+from reward.config import RewardConfig
 
 _PATHS = "paths and modules start at the working directory"
 
@@ -27,12 +28,12 @@ def check_run(config: RunConfig) -> None:
         *_directory(config),
         *check_policy(config.policy),
         *check_data(config.prompts, where="prompts"),
-        *_reward(config),
+        *check_reward(config.reward),
         *_algorithm(config.algorithm),
     ]
     if config.evaluation.prompts:
         problems += check_data(config.evaluation.prompts, where="evaluation.prompts")
-    sft = start_config(config)
+    sft = start_config(config.policy)
     if sft is not None:
         problems += check_data(sft.data, where="policy.start, data")
     if problems:
@@ -78,14 +79,15 @@ def check_data(data: PromptsConfig | DataConfig, *, where: str = "data") -> Iter
         yield f"{where}.path must be an existing file or directory, got {data.path!r}; {_PATHS}"
 
 
-def _reward(config: RunConfig) -> Iterator[str]:
-    for name, component in config.reward.components.items():
-        where = f"reward.components.{name}"
+def check_reward(reward: RewardConfig, *, where: str = "reward") -> Iterator[str]:
+    """Yield what is wrong with the judges that are named."""
+    for name, component in reward.components.items():
+        path = f"{where}.components.{name}"
         models = [*([component.model] if component.model else []), *component.ensemble]
         for model in models:
-            yield from check_model(f"{where}.model", model)
+            yield from check_model(f"{path}.model", model)
         if component.function:
-            yield from _function(f"{where}.function", component.function, component.arguments)
+            yield from _function(f"{path}.function", component.function, component.arguments)
 
 
 def _algorithm(algorithm: AlgorithmConfig) -> Iterator[str]:

@@ -217,7 +217,7 @@ def _explain(config_type: type[Config], details: Any) -> str:
     location = [part for part in details["loc"] if not _is_union_branch(part)]
     path = ".".join(str(part) for part in location)
     if details["type"] == "extra_forbidden":
-        names = _keys_at(config_type, location[:-1])
+        names = _keys_at(config_type, details["loc"][:-1])
         near = difflib.get_close_matches(str(location[-1]), names, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(names))}"
         return f"{path} is not a setting; {hint}"
@@ -235,13 +235,16 @@ def _is_union_branch(part: Any) -> bool:
 
 def _keys_at(config_type: type[BaseModel], location: Sequence[Any]) -> list[str]:
     current: type[BaseModel] = config_type
+    annotation: Any = config_type
     for part in location:
-        found = _model_in(current.model_fields[part].annotation) if part in current.model_fields else None
-        current = found or current
+        if part in current.model_fields:
+            annotation = current.model_fields[part].annotation
+        current = _model_in(annotation, str(part) if _is_union_branch(part) else None) or current
     return list(current.model_fields)
 
 
-def _model_in(annotation: Any) -> type[BaseModel] | None:
+def _model_in(annotation: Any, name: str | None) -> type[BaseModel] | None:
+    """Return the first section in an annotation, or the one whose class has a name."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((found for part in get_args(annotation) if (found := _model_in(part))), None)
+        return annotation if name in (None, annotation.__name__) else None
+    return next((found for part in get_args(annotation) if (found := _model_in(part, name))), None)

@@ -6,45 +6,49 @@ import os
 from typing import Any
 
 from actors.cache import cache_directory, content_hash
+from actors.config import PolicyConfig
 from actors.plugins import import_function
 from cluster.config import ConfigError, RunConfig, read_yaml, validate
 from cluster.placement import Processes
 from learner.config import DataConfig, SFTConfig
 
 
-def start_config(config: RunConfig) -> SFTConfig | None:
+def start_config(policy: PolicyConfig) -> SFTConfig | None:
     """Return the supervised start's configuration with its overrides applied, or None where there is none.
 
-    The run's own `policy.model` wins over the one in the start's file.
+    The policy's own `model` wins over the one in the start's file.
 
     Raises:
         ConfigError: as for any configuration, so that it can be checked before anything starts.
     """
-    start = config.policy.start
+    start = policy.start
     if start is None:
         return None
     if not os.path.isfile(start.config):
         raise ConfigError(f"policy.start.config must be a YAML file, got {start.config!r}; check the working directory")
-    model = config.policy.model if isinstance(config.policy.model, str) else config.policy.model.model_dump()
+    model = policy.model if isinstance(policy.model, str) else policy.model.model_dump()
     raw = read_yaml(start.config, start.set)
-    policy = raw.get("policy") or {}
-    if not isinstance(policy, dict):
-        raise ConfigError(f"{start.config} (policy.start): policy must hold settings, got {policy!r}")
-    raw["policy"] = {**policy, "model": model}
+    section = raw.get("policy") or {}
+    if not isinstance(section, dict):
+        raise ConfigError(f"{start.config} (policy.start): policy must hold settings, got {section!r}")
+    raw["policy"] = {**section, "model": model}
     return validate(SFTConfig, raw, where=f"{start.config} (policy.start)")
+
+
+def start_directory(sft: SFTConfig) -> str:
+    """Return where a supervised start is kept: named by its settings and its data's content."""
+    key = content_hash(sft.model_dump(mode="json", exclude={"output"}), _content(sft.data))
+    return os.path.join(cache_directory(), "sft", key)
 
 
 def prepare_policy(config: RunConfig, *, learner: Processes) -> str:
     """Return a local model directory, training the supervised start if it is not cached yet."""
     from actors.policy import materialize
 
-    cache = cache_directory()
-    sft = start_config(config)
+    sft = start_config(config.policy)
     if sft is None:
-        return materialize(config.policy, seed=config.run.seed, cache_dir=cache)
-    output = os.path.join(
-        cache, "sft", content_hash(sft.model_dump(mode="json", exclude={"output"}), _content(sft.data))
-    )
+        return materialize(config.policy, seed=config.run.seed, cache_dir=cache_directory())
+    output = start_directory(sft)
     if os.path.isfile(os.path.join(output, "config.json")):
         return output
     _train_start(sft.model_copy(update={"output": output}), learner=learner)

@@ -110,6 +110,16 @@ class OfflineConfig(Config):
     """What to measure after training; null = nothing."""
 
     @model_validator(mode="after")
+    def _targets_are_whole(self) -> "OfflineConfig":
+        engine = self.training.engine
+        if not isinstance(self.algorithm, DPOConfig) and engine.backend == "zero" and engine.zero_stage == 3:
+            raise ValueError(
+                "training.engine.zero_stage must be at most 2 with algorithm ilql or q_learning, got 3: target heads "
+                "follow whole parameters; lower it"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _scores_are_used(self) -> "OfflineConfig":
         if self.score.standardize and isinstance(self.algorithm, DPOConfig):
             raise ValueError(

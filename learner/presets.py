@@ -207,6 +207,8 @@ PRESETS: Mapping[str, Preset] = {
         formula=r"-\log \sigma\left(\beta \log \frac{\pi_\theta(y_w)}{\pi_{ref}(y_w)} - "
         r"\beta \log \frac{\pi_\theta(y_l)}{\pi_{ref}(y_l)}\right)",
         source="Rafailov et al. 2023 (2305.18290), Eq. 7; label smoothing: Mitchell 2023 (cDPO)",
+        differs="settings label_smoothing and sft_coef (-log p(chosen) per token, Pang et al. 2024, 2404.19733) are 0 "
+        "by default; RandomWalks sets sft_coef 1",
         proof=("tests/test_trl_parity.py", "dpo-model", "sides-swapped"),
     ),
     "ilql": Preset(
@@ -215,7 +217,8 @@ PRESETS: Mapping[str, Preset] = {
         formula=r"L_V = \mathbb{E}[L_2^\tau(\hat{Q} - V)],\quad L_Q = \mathbb{E}[(r + \gamma V(s') - Q)^2],\quad "
         r"\pi \propto \pi_\beta \exp(\beta (\hat{Q} - V))",
         source="Snell et al. 2022 (2206.11871), section 4; CQL: Kumar et al. 2020 (2006.04779)",
-        proof=("tests/test_learner_value_learning.py", "TODO", "TODO"),
+        differs="one trunk bears the policy and all heads, as in trlx; the paper has three transformers",
+        proof=("tests/test_learner_value_learning.py", "C6-expectiles", "turned"),
     ),
     "q_learning": Preset(
         kind="offline",
@@ -223,7 +226,7 @@ PRESETS: Mapping[str, Preset] = {
         formula=r"L_Q = \mathbb{E}[(r + \gamma \max_a \hat{Q}(s', a) - Q(s, a))^2],\quad "
         r"\pi \propto \pi_\beta \exp(\beta (\hat{Q} - \max_a \hat{Q}))",
         source="Watkins and Dayan 1992; Jaques et al. 2019 (1907.00456)",
-        proof=("tests/test_learner_value_learning.py", "TODO", "TODO"),
+        proof=("tests/test_learner_value_learning.py", "C6-value-iteration", "bootstraps-past-the-end"),
     ),
 }
 """By the name in the configuration."""

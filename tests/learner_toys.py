@@ -13,8 +13,8 @@ from actors.config import PolicyConfig
 from actors.policy import load_model
 from actors.scoring import reference_logprobs
 from actors.weights import InProcessTransport
-from learner.batch import StepContext, StepPlan, plan_step
 from learner.algorithm_config import AlgorithmConfig
+from learner.batch import StepContext, StepPlan, plan_step
 from learner.config import LearnerConfig, OptimizerConfig
 from learner.learner import LearnerRank
 from reward.schema import SAMPLES, SCORED

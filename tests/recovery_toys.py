@@ -257,7 +257,17 @@ def calm_place(directory):
 
     Four steps of three groups, a checkpoint every two; `said` is what was said, with the time.
     """
-    data = Data(seed=1, num_steps=4, groups_per_step=3, num_prompts=9, malformed=0.0, not_finite=0.0, num_held_out=0)
+    data = Data(
+        seed=1,
+        num_steps=4,
+        groups_per_step=3,
+        num_prompts=9,
+        malformed=0.0,
+        not_finite=0.0,
+        num_held_out=0,
+        max_waves=None,
+        alike=0.0,
+    )
     said = []
     world = World(None, data, said.append)
     disk = SimulatedDisk(world, str(directory))

@@ -356,7 +356,7 @@ def test_the_yaml_files_fit_together(monkeypatch):
     monkeypatch.chdir(ROOT)
     config = load(RunConfig, "examples/randomwalks.yaml", ["prompts.make.arguments.seed=1004"])
     check_run(config)
-    start = start_config(config)
+    start = start_config(config.policy)
     sources = (config.prompts, config.evaluation.prompts, start.data)
     assert [source.make.arguments for source in sources] == [{"seed": 1004}] * 3
     assert config.run.dir == "runs/randomwalks/1004"

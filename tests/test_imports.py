@@ -14,7 +14,7 @@ HEAVY = ("torch", "ray", "deepspeed", "transformers")
 TORCH_ALONE = (  # what must run where only torch is installed: no pydantic at run time
     "actors/sampling.py", "actors/slots.py", "actors/torch_engine.py",
     "learner/advantages.py", "learner/losses.py", "learner/kl.py", "learner/shaping.py", "learner/batch.py",
-    "learner/local.py",
+    "learner/local.py", "learner/off_policy.py", "learner/value_learning.py",
 )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from learner.algorithm_config import ADVANTAGES, POLICY_LOSSES, AlgorithmConfig
 from learner.algorithms import ESTIMATORS, LOSSES, estimator_of, policy_loss_of
-from learner.presets import OFFLINE, ONLINE, PRESETS
+from learner.presets import OFFLINE, ONLINE
 from tests.checks import Case, Check, with_twins
 
 
@@ -289,10 +289,3 @@ def test_a_path_leads_to_its_function() -> None:
     for path in ("no_such_module:mine", "learner.losses:no_such_function"):
         with pytest.raises(ValueError, match="a function must"):
             estimator_of(config({"advantage": path}))
-
-
-def test_every_preset_is_of_one_kind_and_names_its_proof() -> None:
-    assert set(ONLINE) | set(OFFLINE) == set(PRESETS)
-    assert set(ONLINE) == set(PARTS)
-    for name, preset in PRESETS.items():
-        assert all(getattr(preset, field) for field in ("title", "formula", "source", "vector", "planted")), name

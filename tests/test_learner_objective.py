@@ -63,7 +63,7 @@ PENALTY_SLOPES = [0.3 * 0.5 * 0.6931472, 0.0, 0.0]
 
 
 def composition(implementation: Objective) -> None:
-    """Importance weights multiply the policy loss, and no KL without `importance_weighted`; the penalty's coefficient is the step's."""
+    """Importance weights multiply the policy loss, and no plain KL; the penalty's coefficient is the step's."""
     given = by_hand()
     loss = implementation(*given)
     assert loss.policy.item() == pytest.approx(POLICY - 0.01 * ENTROPY + 0.3 * KL, abs=1e-6)

@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,7 @@ def follows(setting: dict[str, Any], expected: Callable[[Sequence[Weights]], lis
         step(learner, number)
         policies.append(policy_weights(learner))
         references.append(reference_weights(learner))
-    assert not any(same(first, second) for first, second in zip(policies, policies[1:], strict=False))
+    assert not any(same(first, second) for first, second in pairwise(policies))
     for found, wanted in zip(references, expected(policies), strict=True):
         assert same(found, wanted)
 

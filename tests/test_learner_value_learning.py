@@ -17,6 +17,7 @@ from learner.value_learning import (
     q_learning_loss,
     token_nll,
 )
+from tests.checks import Case, Check, with_twins
 
 WIDE = torch.float64
 
@@ -219,17 +220,13 @@ def ilql_values(tau: float) -> np.ndarray:
     return v
 
 
-def solves_value_iteration(loss_function) -> bool:
+def solves_value_iteration(loss_function) -> None:
     learned, exact = Tables(is_ilql=False).train(loss_function).q.detach().numpy(), value_iteration()
     is_seen = ~np.isnan(exact)
-    return all(np.abs(one - exact)[is_seen].max() < 1e-5 for one in learned)
+    assert all(np.abs(one - exact)[is_seen].max() < 1e-5 for one in learned)
 
 
 Q_LEARNING = functools.partial(q_learning_loss, gamma=GAMMA, cql_coef=0.0, bc_coef=1.0)
-
-
-def test_q_learning_converges_to_value_iteration():
-    assert solves_value_iteration(Q_LEARNING)
 
 
 def bootstraps_past_the_end(inputs):
@@ -248,19 +245,47 @@ def scores_the_first_token(inputs):
     return Q_LEARNING(dataclasses.replace(inputs, scores=shifted))
 
 
-@pytest.mark.parametrize("twin", [bootstraps_past_the_end, takes_this_state, scores_the_first_token])
-def test_the_check_catches_a_wrong_target(twin):
-    assert not solves_value_iteration(twin)
-
-
 def learned_values(tau: float, loss_function=ilql_loss) -> np.ndarray:
     loss = functools.partial(loss_function, tau=tau, gamma=GAMMA, cql_coef=0.0, bc_coef=1.0)
     return Tables(is_ilql=True).train(loss).v.detach().numpy()
 
 
-@pytest.mark.parametrize("tau", [0.5, 0.8, 0.99])
-def test_ilql_converges_to_expectiles(tau):
-    np.testing.assert_allclose(learned_values(tau), ilql_values(tau), atol=1e-5)
+def finds_expectiles(loss_function) -> None:
+    for tau in (0.5, 0.8, 0.99):
+        np.testing.assert_allclose(learned_values(tau, loss_function), ilql_values(tau), atol=1e-5)
+
+
+def turned_expectile(inputs, *, tau, **settings):
+    return ilql_loss(inputs, tau=1 - tau, **settings)
+
+
+def expectile_of_the_mean(inputs, *, tau, **settings):
+    return ilql_loss(inputs, tau=0.5, **settings)
+
+
+CHECKS = (
+    Check(
+        id="C6-value-iteration",
+        run=solves_value_iteration,
+        part=Q_LEARNING,
+        twins={
+            "bootstraps-past-the-end": bootstraps_past_the_end,
+            "this-state-for-the-next": takes_this_state,
+            "score-on-another-text": scores_the_first_token,
+        },
+    ),
+    Check(
+        id="C6-expectiles",
+        run=finds_expectiles,
+        part=ilql_loss,
+        twins={"turned": turned_expectile, "always-the-mean": expectile_of_the_mean},
+    ),
+)
+
+
+@with_twins(CHECKS)
+def test_check(case: Case) -> None:
+    case.verify()
 
 
 def test_expectiles_go_from_the_mean_to_the_maximum_in_support():
@@ -269,13 +294,6 @@ def test_expectiles_go_from_the_mean_to_the_maximum_in_support():
     # Not the score of 9 that the data does not have.
     np.testing.assert_allclose(ilql_values(0.9999)[1:], [3.0, 4.0], atol=2e-3)
     assert np.all(np.diff([ilql_values(tau) for tau in (0.5, 0.7, 0.9, 0.99)], axis=0) > 0)
-
-
-def test_the_check_catches_a_turned_expectile():
-    def turned(inputs, *, tau, **settings):
-        return ilql_loss(inputs, tau=1 - tau, **settings)
-
-    assert np.abs(learned_values(0.8, turned) - ilql_values(0.8)).max() > 0.3
 
 
 def test_the_conservative_term_keeps_unseen_tokens_low():
