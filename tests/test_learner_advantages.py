@@ -1,4 +1,4 @@
-"""GAE, whitening, token rewards: published vectors, equalities, and the wrong variants they must catch."""
+"""GAE, whitening, token rewards: equalities by hand, and the wrong variants they must catch."""
 
 import threading
 from collections.abc import Callable
@@ -18,52 +18,8 @@ from learner.advantages import (
     with_bootstrap,
 )
 
-GAE = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
-
-# rlax `multistep_test.py`, TruncatedGeneralizedAdvantageEstimationTest; the second row has a discount of 0 at t = 3.
-REWARDS = torch.tensor([[0.0, 0.0, 1.0, 0.0, -0.5], [0.0, 0.0, 0.0, 0.0, 1.0]])
-VALUES = torch.tensor([[1.0, 4.0, -3.0, -2.0, -1.0, -1.0], [-3.0, -2.0, -1.0, 0.0, 5.0, -1.0]])
-DISCOUNTS = torch.tensor([[0.99] * 5, [0.9, 0.9, 0.9, 0.0, 0.9]])
-EXPECTED = {
-    1.0: [[-1.45118, -4.4557, 2.5396, 0.5249, -0.49], [3.0, 2.0, 1.0, 0.0, -4.9]],
-    0.7: [[-0.676979, -5.248167, 2.4846, 0.6704, -0.49], [2.2899, 1.73, 1.0, 0.0, -4.9]],
-    0.4: [[0.56731, -6.042, 2.3431, 0.815, -0.49], [1.725, 1.46, 1.0, 0.0, -4.9]],
-}
-
-
-def check_published_gae(implementation: GAE) -> None:
-    for gae_lambda, expected in EXPECTED.items():
-        actual = implementation(REWARDS, VALUES, DISCOUNTS, gae_lambda)
-        torch.testing.assert_close(actual, torch.tensor(expected), atol=1e-3, rtol=0)  # the published tolerance
-
-
-def gae_value_off_by_one(rewards, values, discounts, gae_lambda):
-    return gae(rewards, torch.cat([values[..., :-2], values[..., -1:], values[..., -1:]], -1), discounts, gae_lambda)
-
-
-def gae_without_lambda_decay(rewards, values, discounts, gae_lambda):
-    return gae(rewards, values, discounts, 1.0)
-
-
-def gae_that_runs_through_the_end(rewards, values, discounts, gae_lambda):
-    return gae(rewards, values, torch.where(discounts == 0, 0.9, discounts), gae_lambda)
-
-
-def gae_with_next_reward(rewards, values, discounts, gae_lambda):
-    return gae(rewards.roll(-1, -1), values, discounts, gae_lambda)
-
-
-def test_gae_equals_the_published_vectors() -> None:
-    check_published_gae(gae)
-
-
-@pytest.mark.parametrize(
-    "twin",
-    [gae_value_off_by_one, gae_without_lambda_decay, gae_that_runs_through_the_end, gae_with_next_reward],
-)
-def test_the_published_vectors_catch_wrong_gae(twin: GAE) -> None:
-    with pytest.raises(AssertionError):
-        check_published_gae(twin)
+REWARDS = torch.tensor([0.0, 0.0, 1.0, 0.0, -0.5])
+VALUES = torch.tensor([1.0, 4.0, -3.0, -2.0, -1.0, -1.0])
 
 
 def test_lambda_one_is_the_return_and_lambda_zero_the_temporal_difference() -> None:
@@ -113,7 +69,7 @@ def test_a_bootstrapped_response_padded_at_its_end_is_caught() -> None:
 
 def test_gae_refuses_values_without_a_last_one() -> None:
     with pytest.raises(ValueError, match=r"values must be \[..., T \+ 1\]"):
-        gae(REWARDS, VALUES[:, :-1], DISCOUNTS, 1.0)
+        gae(REWARDS, VALUES[:-1], torch.ones(5), 1.0)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +81,7 @@ def test_only_a_cut_off_response_without_a_penalty_bootstraps(finish_reason, pen
 
 
 def test_the_end_of_an_episode_in_the_values_equals_a_discount_of_zero() -> None:
-    rewards, values = REWARDS[0], VALUES[0]
+    rewards, values = REWARDS, VALUES
     ended = with_bootstrap(values, is_terminal=True)
     assert ended.tolist() == [1.0, 4.0, -3.0, -2.0, -1.0, 0.0]
     assert torch.equal(with_bootstrap(values, is_terminal=False), values)
@@ -176,34 +132,6 @@ def test_token_rewards_refuse_what_would_be_lost() -> None:
 def whiten_all(values: torch.Tensor, *, shift_mean: bool) -> torch.Tensor:
     moments = token_moments(values, torch.ones_like(values, dtype=torch.bool))
     return whiten(values, moments.mean, moments.variance, shift_mean=shift_mean)
-
-
-def check_published_whitening(implementation: Callable[..., torch.Tensor]) -> None:
-    # "The N implementation details of RLHF with PPO", detail 18: lm-human-preferences' own output.
-    values = torch.arange(1.2, 2.05, 0.1, dtype=torch.float64).reshape(3, 3)
-    expected = torch.tensor(
-        [[0.05080712, 0.4381051, 0.8254035], [1.2127019, 1.6000004, 1.9872988], [2.3745968, 2.7618952, 3.1491938]]
-    ).double()
-    torch.testing.assert_close(implementation(values, shift_mean=False), expected, atol=2e-6, rtol=0)
-    torch.testing.assert_close(implementation(values, shift_mean=True), expected - 1.6, atol=2e-6, rtol=0)
-
-
-def whiten_with_sample_variance(values, *, shift_mean):
-    return whiten(values, values.mean().item(), values.var(unbiased=True).item(), shift_mean=shift_mean)
-
-
-def test_whitening_equals_the_published_vectors() -> None:
-    check_published_whitening(whiten_all)
-
-
-@pytest.mark.parametrize(
-    "twin",
-    [whiten_with_sample_variance, lambda values, *, shift_mean: whiten_all(values, shift_mean=not shift_mean)],
-    ids=["sample variance", "mean kept the other way round"],
-)
-def test_wrong_whitening_is_caught(twin) -> None:
-    with pytest.raises(AssertionError):
-        check_published_whitening(twin)
 
 
 def test_constant_tokens_whiten_to_zero() -> None:

@@ -13,7 +13,7 @@ import torch
 from actors.scoring import reference_logprobs
 from learner.algorithm_config import AlgorithmConfig
 from learner.batch import StepPlan
-from learner.learner import LearnerRank
+from learner.learner import LearnerRank, Skipped
 from learner.reference import MovingReference
 from learner.samples import Sample, read_samples
 from learner.state import StateError
@@ -225,6 +225,17 @@ def test_the_reference_has_no_gradient_and_is_none_where_it_is_fixed() -> None:
     assert not any(parameter.requires_grad for parameter in learner._reference._model.parameters())
     assert rank({"mode": "fixed"})._reference is None
     assert "reference_kl" not in step(rank({"mode": "fixed"}), 1)
+
+
+def test_a_skipped_step_leaves_the_reference_alone() -> None:
+    learner = rank(EMA)
+    step(learner, 1)
+    before = reference_weights(learner)
+    learner._networks.policy._is_finite = False
+    batch = toy_batch(toy(), CONFIG, step=2)
+    assert isinstance(learner.step(batch.tables, batch.plan), Skipped)
+    assert same(reference_weights(learner), before)
+    assert learner._reference.num_updates == 1
 
 
 # Saved and resumed.
