@@ -13,6 +13,7 @@ the share of the way from the data's mean to 1.  `--write` keeps lines and plot 
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -81,11 +82,18 @@ def main() -> None:
             print(json.dumps(asdict(line)), flush=True)
             lines.append(line)
     print(f"{len(lines)} algorithms in {time.perf_counter() - started:.0f} s", file=sys.stderr)
-    target = RESULTS if arguments.write else directory
-    (target / f"randomwalks-{arguments.seed}.jsonl").write_text(
-        "".join(json.dumps(asdict(line)) + "\n" for line in lines), encoding="utf-8"
-    )
-    draw(lines, exact, str(target / f"randomwalks-{arguments.seed}.png"))
+    target = (RESULTS if arguments.write else directory) / f"randomwalks-{arguments.seed}.jsonl"
+    lines = _merged(lines, target) if arguments.only else lines
+    target.write_text("".join(json.dumps(asdict(line)) + "\n" for line in lines), encoding="utf-8")
+    draw(lines, exact, str(target.with_suffix(".png")))
+
+
+def _merged(lines: list[Line], path: Path) -> list[Line]:
+    """Return lines in the place of those of the same algorithms in an earlier table."""
+    kept = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    earlier = {line.algorithm: line for line in (Line(**json.loads(text)) for text in kept)}
+    found = earlier | {line.algorithm: line for line in lines}
+    return [found[name] for name in PRESETS if name in found]
 
 
 def draw(lines: list[Line], exact: Outcomes, path: str) -> None:
@@ -112,6 +120,7 @@ def draw(lines: list[Line], exact: Outcomes, path: str) -> None:
 def _measure(name: str, task: Task, exact: Outcomes, directory: Path) -> Line:
     started = time.perf_counter()
     output = directory / name
+    shutil.rmtree(output, ignore_errors=True)  # a run that is there already would be continued
     rows = _train(name, task.seed, output)
     seconds = time.perf_counter() - started
     starts, scores, kls = _walks(rows)
