@@ -43,7 +43,7 @@ _ONE_UPDATE_A_SAMPLE = ("learner.epochs=1",)
 OVERRIDES: dict[str, tuple[str, ...]] = {
     "a2c": _ONE_UPDATE_A_SAMPLE,
     "reinforce": _ONE_UPDATE_A_SAMPLE,
-    "reinforce_batch_mean": _ONE_UPDATE_A_SAMPLE,
+    "reinforce_batch_mean": (*_ONE_UPDATE_A_SAMPLE, "learner.optimizer.learning_rate=2.0e-4"),
     "reinforce_ema": _ONE_UPDATE_A_SAMPLE,
     "reinforce_value": _ONE_UPDATE_A_SAMPLE,
 }

@@ -5,7 +5,7 @@ Nothing here imports torch, ray, deepspeed or transformers: a wrong setting is r
 
 import difflib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -176,8 +176,11 @@ def read_yaml(path: str, changes: list[str] | dict[str, Any]) -> dict[str, Any]:
         loaded = OmegaConf.load(path)
         if not OmegaConf.is_dict(loaded):
             raise ConfigError(f"{path} must hold sections (key: value), got {type(loaded).__name__}")
-        merged = OmegaConf.from_dotlist(changes) if isinstance(changes, list) else OmegaConf.create(changes)
-        raw: Any = OmegaConf.to_container(OmegaConf.merge(loaded, merged), resolve=True, throw_on_missing=True)
+        merged: Any = loaded
+        for change in [OmegaConf.from_dotlist([text]) for text in changes] if isinstance(changes, list) else [changes]:
+            _open_named_section(merged, change)
+            merged = OmegaConf.merge(merged, change)
+        raw: Any = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
     except (YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} must be YAML: {error}") from error
     except OmegaConfBaseException as error:
@@ -186,6 +189,13 @@ def read_yaml(path: str, changes: list[str] | dict[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"{path}: a section must stay a section, and a change puts a list or value there") from error
     sections: dict[str, Any] = raw
     return sections
+
+
+def _open_named_section(sections: Any, change: Any) -> None:
+    """Write `algorithm: NAME` as a section where a change sets one of its fields, which else would replace the name."""
+    name = sections.get("algorithm")
+    if isinstance(name, str) and isinstance(change.get("algorithm"), Mapping):
+        sections["algorithm"] = {"name": name}
 
 
 def validate(config_type: type[ConfigType], raw: Any, where: str) -> ConfigType:

@@ -205,7 +205,7 @@ class AlgorithmConfig(Config):
         if not isinstance(given, Mapping):
             return given
         name = given.get("name", "ppo")
-        if name not in ONLINE:
+        if not isinstance(name, str) or name not in ONLINE:
             raise ValueError(f"name must be one of {', '.join(ONLINE)}, got {name!r}; `concord offline` has the others")
         return _merged(ONLINE[name].settings, given)
 
@@ -220,20 +220,27 @@ class AlgorithmConfig(Config):
     @model_validator(mode="after")
     def _nothing_is_ignored(self) -> "AlgorithmConfig":
         for field, is_used, by in self._uses():
-            value = getattr(self, field)
-            if not is_used and value != type(self).model_fields[field].default:
+            value, default = getattr(self, field), type(self).model_fields[field].default
+            if not is_used and value != default:
                 raise ValueError(
-                    f"{field} must be left out, got {value!r}: it belongs to {by}, and this is {self.name} with "
-                    f"advantage {self.advantage} and policy_loss {self.policy_loss}"
+                    f"{field} must be left out or {default!r}, got {value!r}: it belongs to {by}, and this is "
+                    f"{self.name} with advantage {self.advantage} and policy_loss {self.policy_loss}"
                 )
         if self.advantage == "vtrace" and self.off_policy.weight != "none":
             raise ValueError("off_policy.weight must be none with advantage vtrace, which weighs by itself")
+        if self.off_policy.old_logprobs == "recorded" and self.off_policy.mask != "none":
+            raise ValueError(
+                "off_policy.mask must be none with old_logprobs recorded, where every ratio old / recorded is 1; set "
+                "old_logprobs recomputed"
+            )
         return self
 
     @property
     def needs_values(self) -> bool:
-        """Whether a value function is trained."""
-        return self.advantage in _OF_VALUES or (is_plugin(self.advantage) and self.value_coef > 0)
+        """Whether a value function is trained; with an advantage of one's own, whether the preset trains one."""
+        if not is_plugin(self.advantage):
+            return self.advantage in _OF_VALUES
+        return ONLINE[self.name].settings.get("advantage", "gae") in _OF_VALUES and self.value_coef > 0
 
     def _uses(self) -> list[tuple[str, bool, str]]:
         """Return (setting, whether anything reads it, who would); plug-ins may read all."""

@@ -74,7 +74,7 @@ def judge(
             for sample, logprobs, score, end in zip(samples, old, plan.scores, ends, strict=True)
         ],
         values=values,
-        log_ratios=[o - s.logprobs for o, s in zip(old, samples, strict=True)],
+        log_ratios=[torch.where(s.loss_mask, o - s.logprobs, 0.0) for o, s in zip(old, samples, strict=True)],
         baseline=plan.baseline,
     )
     estimated = estimator_of(algorithm)(experience, algorithm)
@@ -83,6 +83,11 @@ def judge(
     moments = token_moments(torch.cat(list(advantages)), mask)
     metrics = {"advantage_mean": moments.mean, "advantage_std": moments.variance**0.5}
     returns = estimated.returns
+    if returns is None and algorithm.needs_values:
+        raise ValueError(
+            f"returns must be given by an advantage with algorithm.value_coef {algorithm.value_coef}, got none from "
+            f"{algorithm.advantage}; return the value function's targets, or set value_coef to 0"
+        )
     if returns is None:
         returns = [torch.zeros_like(row) for row in advantages]
     else:

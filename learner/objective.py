@@ -110,10 +110,13 @@ def minibatch_loss(
 
 
 def _kl_terms(logprobs: torch.Tensor, targets: Targets, algorithm: AlgorithmConfig) -> torch.Tensor:
-    terms = ESTIMATORS[algorithm.kl.estimator](logprobs, targets.ref_logprobs)
+    # A token that the policy did not choose may be hopeless; it weighs 0, but 0 * inf is no number.
+    current = torch.where(targets.loss_mask, logprobs, 0.0)
+    reference, old = (torch.where(targets.loss_mask, one, 0.0) for one in (targets.ref_logprobs, targets.old_logprobs))
+    terms = ESTIMATORS[algorithm.kl.estimator](current, reference)
     if not algorithm.kl.importance_weighted:
         return terms
-    ratio = (logprobs - targets.old_logprobs).exp()
+    ratio = (current - old).exp()
     # The mean of k2 is not the KL: only its own gradient is right, so the ratio must not add to it.
     return terms * (ratio.detach() if algorithm.kl.estimator == "k2" else ratio) * targets.importance
 

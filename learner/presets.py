@@ -81,7 +81,7 @@ PRESETS: Mapping[str, Preset] = {
         source="Williams 1992, section 3 (reinforcement comparison)",
         differs="the average is of earlier steps only, so it does not depend on the sample",
         settings={**_REINFORCE, "baseline": "ema"},
-        proof=("tests/test_learner_estimators.py", "ema", "TODO"),
+        proof=("tests/test_learner_experience.py", "ema", "own-step"),
     ),
     "reinforce_value": Preset(
         kind="online",
@@ -114,7 +114,7 @@ PRESETS: Mapping[str, Preset] = {
         r"A_t = \mathrm{whiten}_{batch}\left(R - \beta \sum_{i \ge t} KL_i\right)",
         source="Hu 2025 (2501.03262)",
         settings={"advantage": "returns"},
-        proof=("tests/test_learner_estimators.py", "reinforce-plus-plus", "TODO"),
+        proof=("tests/test_learner_experience.py", "reinforce-plus-plus", "over-responses"),
     ),
     "reinforce_plus_plus_baseline": Preset(
         kind="online",
@@ -127,7 +127,7 @@ PRESETS: Mapping[str, Preset] = {
             "baseline": "group_mean",
             "kl": {"placement": "loss", "estimator": "k2"},
         },
-        proof=("tests/test_learner_estimators.py", "reinforce-plus-plus-baseline", "TODO"),
+        proof=("tests/test_learner_experience.py", "reinforce-plus-plus-baseline", "mean-of-the-batch"),
     ),
     "grpo": Preset(
         kind="online",

@@ -203,7 +203,7 @@ def _sections(**sections):
             {"algorithm": {"name": "rloo", "clip_rnage": 0.1}},
             "algorithm.clip_rnage is not a setting; did you mean 'clip_range'?",
         ),
-        ({"algorithm": {"name": "rloo", "gae_lambda": 0.9}}, "algorithm: gae_lambda must be left out, got 0.9"),
+        ({"algorithm": {"name": "rloo", "gae_lambda": 0.9}}, "algorithm: gae_lambda must be left out or 0.95, got 0.9"),
         ({"algorithm": 5}, "algorithm must be"),
         ({"algorithm": {"name": "grpo", "kl": {"estimator": "k1"}}}, "algorithm.kl: `estimator` must be k2 or k3"),
         ({"algorithm": {"reference": {"mode": "swap"}}}, "algorithm.reference: `every` must be set with mode swap"),
