@@ -36,7 +36,6 @@ COMMON = (
     f"evaluation.every={NUM_STEPS}",
     "evaluation.samples_per_prompt=64",
     "rollouts.samples_per_prompt=16",
-    "placement.learner_threads=1",
 )
 """Of every online run: 40 steps of 20 prompts with 16 samples."""
 _ONE_UPDATE_A_SAMPLE = ("learner.epochs=1",)
@@ -193,7 +192,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=1000, help="which graph")
     parser.add_argument("--only", nargs="+", choices=list(PRESETS), help="these algorithms instead of all")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at one time, a core each")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at one time; times are comparable with 1 only")
     parser.add_argument("--output", default=os.path.join("runs", "benchmark"), help="where runs and logs go")
     parser.add_argument("--write", action="store_true", help="keep the results in benchmarks/results/")
     return parser.parse_args()
