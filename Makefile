@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test faults lint format types
+.PHONY: help demo test faults algorithms lint format types
 
 help:  ## Show these targets
 	@grep -E '^[a-z.]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 10
@@ -21,6 +21,11 @@ faults: $(STAMP)  ## Kill, freeze and starve the processes of real runs, and sim
 	@$(BIN)/python -m pytest -q -m "slow or not slow" tests/test_cluster_faults.py tests/test_cluster_ranks.py
 	@$(BIN)/python -m benchmarks.simulate --schedules 2000 --jobs 2
 	@$(BIN)/python -m benchmarks.simulate --planted --schedules 200
+
+algorithms: $(STAMP)  ## Run every algorithm on two graphs and write docs/algorithms.md; about 45 minutes on two cores
+	@$(BIN)/python -m benchmarks.randomwalks --seed 1000 --write
+	@$(BIN)/python -m benchmarks.randomwalks --seed 1001 --write
+	@$(BIN)/python -m benchmarks.algorithms_page
 
 lint: $(STAMP)  ## Check style and formatting
 	@$(BIN)/ruff check .

@@ -196,7 +196,7 @@ def leave_one_out(scores: torch.Tensor) -> torch.Tensor:
         Kool et al. 2019; Ahmadian et al. 2024 (2402.14740), section 3.2.
     """
     count = _group_size(scores)
-    return (scores - scores.mean()) * (count / (count - 1))
+    return (_centered(scores) * (count / (count - 1))).to(scores.dtype)
 
 
 def group_relative(scores: torch.Tensor, *, scale_by_std: bool) -> torch.Tensor:
@@ -213,8 +213,9 @@ def group_relative(scores: torch.Tensor, *, scale_by_std: bool) -> torch.Tensor:
         Shao et al. 2024 (2402.03300), section 4.1.2; Liu et al. 2025 (2503.20783), section 3.
     """
     _group_size(scores)
-    centered = scores - scores.mean()
-    return centered / (scores.std() + GROUP_EPS) if scale_by_std else centered
+    centered = _centered(scores)
+    scale = scores.double().std() + GROUP_EPS if scale_by_std else 1.0
+    return (centered / scale).to(scores.dtype)
 
 
 def align_right(rows: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -296,6 +297,12 @@ def _check_shapes(rewards: torch.Tensor, values: torch.Tensor, discounts: torch.
             f"values must be [..., T + 1] and discounts [..., T] for rewards [..., T], got {tuple(values.shape)}, "
             f"{tuple(discounts.shape)} and {tuple(rewards.shape)}"
         )
+
+
+def _centered(scores: torch.Tensor) -> torch.Tensor:
+    """Return scores minus their mean in float64: exactly 0 where they are equal, so that no rounding is scaled up."""
+    wide = scores.double()
+    return wide - wide.mean()
 
 
 def _group_size(scores: torch.Tensor) -> int:

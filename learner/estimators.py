@@ -132,11 +132,11 @@ def _spread(groups: Sequence[torch.Tensor], experience: Experience) -> Advantage
 
 
 def _baselines(experience: Experience, algorithm: AlgorithmConfig) -> torch.Tensor:
-    """Return [B]."""
+    """Return [B]; means in float64, so that equal returns have just their own value as mean."""
     returns = experience.sequence_returns
     if algorithm.baseline == "batch_mean":
-        return returns.mean().expand_as(returns)
+        return returns.double().mean().to(returns.dtype).expand_as(returns)
     if algorithm.baseline == "group_mean":
         groups = returns.split(list(experience.group_sizes))
-        return torch.cat([group.mean().expand_as(group) for group in groups])
+        return torch.cat([group.double().mean().to(group.dtype).expand_as(group) for group in groups])
     return torch.full_like(returns, experience.baseline if algorithm.baseline == "ema" else 0.0)

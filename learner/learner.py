@@ -204,9 +204,8 @@ class LearnerRank:
         """Return whether the step's one update starts from the policy that sampled: its ratio is 1 to the last bit."""
         if len(plan.updates) != 1 or not self._is_exact or self._algorithm.off_policy.old_logprobs != "auto":
             return False
-        if self._version is None:
-            return self._num_updates() == 0
-        return all(bool((sample.policy_versions == self._version).all()) for sample in samples)
+        sampler = plan.step - 1  # version n is what step n left; not the version published last, which a replay skips
+        return all(bool((sample.policy_versions == sampler).all()) for sample in samples)
 
     def _num_updates(self) -> int:
         """Return the number of updates of all engines."""
