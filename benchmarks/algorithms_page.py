@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from learner.algorithm_config import ADVANTAGES, POLICY_LOSSES
+from learner.parts import ADVANTAGES, POLICY_LOSSES
 from learner.presets import PRESETS, Preset
 
 ROOT = Path(__file__).parent.parent
@@ -34,39 +34,38 @@ def read_results() -> Results:
 
 def render(results: Results) -> str:
     """Return the page."""
-    lines = [*_introduction(), *_table(results), *_parts()]
+    lines = [_INTRODUCTION, _TASK, *_table(results), *_parts()]
     for name, preset in PRESETS.items():
         lines += _section(name, preset, results)
     return "\n".join(lines) + "\n"
 
 
-def _introduction() -> Iterator[str]:
-    yield from (
-        "# Algorithms",
-        "",
-        "<!-- Written by `python -m benchmarks.algorithms_page` from learner/presets.py and benchmarks/results/. -->",
-        "",
-        "`algorithm: NAME` in a training run's YAML is enough; every part can be set apart:",
-        "",
-        "```yaml",
-        "algorithm: {name: rloo, clip_range: 0.1, kl: {coef: 0.02}}",
-        "```",
-        "",
-        "The offline ones run with `concord offline CONFIG.yaml`. How to add one: [extending.md](extending.md).",
-        "",
-    )
+_INTRODUCTION = """# Algorithms
+
+<!-- Written by `python -m benchmarks.algorithms_page` from learner/presets.py and benchmarks/results/. -->
+
+`algorithm: NAME` in a training run's YAML is enough; every part can be set apart:
+
+```yaml
+algorithm: {name: rloo, clip_range: 0.1, kl: {coef: 0.02}}
+```
+
+In half precision all online ones recompute the old log-probs and weigh each token by the importance weight of the
+engine's samples, truncated at 2; `off_policy: {weight: none}` is the papers' form.
+
+The offline ones run with `concord offline CONFIG.yaml`. How to add one: [extending.md](extending.md).
+"""
+
+_TASK = """## Scores on an exactly solvable task
+
+RandomWalks: mean optimality (1 = every walk as short as possible) at temperature 1 on held-out random numbers, and KL
+from the supervised start in nats per walk; in brackets the exact best at that KL, and the standard error of the
+distance to it. No point may lie above by more than three of them. For offline algorithms, which learn from 1,000 random
+walks, the share of the way from the data's mean to 1 that they close. Time relative to PPO's.
+"""
 
 
 def _table(results: Results) -> Iterator[str]:
-    yield from (
-        "## Scores on an exactly solvable task",
-        "",
-        "RandomWalks: mean optimality (1 = every walk as short as possible) at temperature 1 on held-out random",
-        "numbers, and KL from the supervised start in nats per walk; in brackets the exact best at that KL. No point",
-        "may lie above it by more than three standard errors. For offline algorithms, which learn from 1,000 random",
-        "walks, the share of the way from the data's mean to 1 that they close. Time relative to PPO's.",
-        "",
-    )
     seeds = list(results)
     heads = [head for seed in seeds for head in (f"seed {seed}: optimality (frontier)", "KL", "closed", "time")]
     yield f"| algorithm | {' | '.join(heads)} |"
@@ -84,10 +83,12 @@ def _table(results: Results) -> Iterator[str]:
 
 
 def _cells(lines: Mapping[str, Mapping[str, Any]], name: str) -> list[str]:
+    if name not in lines:
+        raise ValueError(f"results must hold {name}, and do not; run benchmarks.randomwalks --only {name} --write")
     line = lines[name]
     closed = "" if line["gap_closed"] is None else f"{line['gap_closed']:.0%}"
     return [
-        f"{line['optimality']:.3f} ± {line['standard_error']:.3f} ({line['frontier_optimality']:.3f})",
+        f"{line['optimality']:.3f} ({line['frontier_optimality']:.3f} ± {line['standard_error']:.3f})",
         f"{line['kl']:.2f}",
         closed,
         f"{line['seconds'] / lines['ppo']['seconds']:.2f}",

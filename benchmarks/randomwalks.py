@@ -75,15 +75,17 @@ def main() -> None:
     reference = _supervised_start(arguments.seed, directory)
     exact = outcomes(task, language_model(reference))
     names = arguments.only or list(PRESETS)
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        lines = []
-        for line in pool.map(lambda name: _measure(name, task, exact, directory), names):
-            print(json.dumps(asdict(line)), flush=True)
-            lines.append(line)
-    print(f"{len(lines)} algorithms in {time.perf_counter() - started:.0f} s", file=sys.stderr)
     target = (RESULTS if arguments.write else directory) / f"randomwalks-{arguments.seed}.jsonl"
-    lines = _merged(lines, target) if arguments.only else lines
-    target.write_text("".join(json.dumps(asdict(line)) + "\n" for line in lines), encoding="utf-8")
+    lines: list[Line] = []
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        try:
+            for line in pool.map(lambda name: _measure(name, task, exact, directory), names):
+                print(json.dumps(asdict(line)), flush=True)
+                lines.append(line)
+        finally:  # what is measured is kept when a later algorithm fails
+            lines = _merged(lines, target) if arguments.only else lines
+            target.write_text("".join(json.dumps(asdict(line)) + "\n" for line in lines), encoding="utf-8")
+    print(f"{len(lines)} algorithms in {time.perf_counter() - started:.0f} s", file=sys.stderr)
     draw(lines, exact, str(target.with_suffix(".png")))
 
 

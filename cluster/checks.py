@@ -11,8 +11,9 @@ from typing import Any
 from actors.config import PolicyConfig, PromptsConfig
 from cluster.config import ConfigError, RunConfig
 from cluster.start import start_config
-from learner.algorithm_config import AlgorithmConfig, is_plugin
+from learner.algorithm_config import AlgorithmConfig
 from learner.config import DataConfig
+from learner.parts import is_plugin
 from reward.config import RewardConfig
 
 _PATHS = "paths and modules start at the working directory"

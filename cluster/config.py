@@ -116,7 +116,7 @@ class RunConfig(Config):
 def _algorithm_problems(config: RunConfig) -> Iterator[str]:
     """Yield what the algorithm asks of other sections and does not get."""
     algorithm, samples = config.algorithm, config.rollouts.samples_per_prompt
-    compares = algorithm.advantage in ("leave_one_out", "group") or algorithm.baseline == "group_mean"
+    compares = algorithm.compares_group or algorithm.baseline == "group_mean"
     if samples < 2 and (compares or algorithm.dynamic_sampling is not None):
         yield (
             f"rollouts.samples_per_prompt must be at least 2 with algorithm {algorithm.name}, which compares the "
@@ -132,10 +132,21 @@ def _algorithm_problems(config: RunConfig) -> Iterator[str]:
             "learner.epochs must be 1 with algorithm.policy_loss policy_gradient, which may use a sample once, got "
             f"{config.learner.epochs}; set policy_loss ppo_clip to use it again"
         )
-    if config.reward.credit is not None and algorithm.advantage in ("leave_one_out", "group"):
+    if config.reward.credit is not None and algorithm.compares_group:
         yield (
             f"reward.credit must be left out with algorithm {algorithm.name}, whose advantage is the same for all "
             "tokens of a response; use an advantage per token (gae, n_step, vtrace, returns)"
+        )
+    if algorithm.target_kl is not None and config.learner.epochs * config.learner.num_minibatches == 1:
+        yield (
+            f"algorithm.target_kl must be left out with one update a step, got {algorithm.target_kl}: it leaves out "
+            "later ones; raise learner.epochs or learner.num_minibatches"
+        )
+    is_exact = config.policy.dtype == "float32" or (config.policy.dtype == "auto" and not config.placement.learner_gpus)
+    if algorithm.corrections and is_exact and algorithm.off_policy.old_logprobs == "auto":
+        yield (
+            f"algorithm.off_policy.old_logprobs must be recomputed with {algorithm.corrections}: in float32 auto takes "
+            "the recorded ones, and every ratio old / recorded is 1"
         )
     component = algorithm.dynamic_sampling and algorithm.dynamic_sampling.component
     if component and component not in config.reward.components:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from actors.cache import cache_directory
 from cluster.checks import check_data, check_policy, check_reward
 from cluster.placement import local_environment
-from cluster.start import start_config, start_directory
+from cluster.start import prepare_policy, start_config
 from cluster.supervised import CONSOLE, bar, name_quarantined, output_problems, refuse, with_threads
 from learner.config import SFTConfig
 from learner.offline_config import DPOConfig, OfflineConfig
@@ -21,7 +21,8 @@ def run_offline(config: OfflineConfig) -> None:
     refuse(_problems(config, sft))
     os.environ.update(local_environment())
     config = with_threads(config)
-    source, cache = _prepare(config, sft), cache_directory()
+    source = prepare_policy(config.policy, seed=config.training.seed, train=lambda sft: _train_start(sft, config))
+    cache = cache_directory()
     from learner.offline import train, write_metrics
     from learner.offline_evaluation import Evaluation
 
@@ -53,27 +54,10 @@ def _problems(config: OfflineConfig, sft: SFTConfig | None) -> Iterator[str]:
         yield from check_reward(config.evaluation.reward, where="evaluation.reward")
 
 
-def _prepare(config: OfflineConfig, sft: SFTConfig | None) -> str:
-    """Return the directory of the policy to start from, training its supervised start unless it is cached.
-
-    A training run with the same start finds it in the same place.
-    """
-    if sft is None:
-        from actors.policy import materialize
-
-        return materialize(config.policy, seed=config.training.seed, cache_dir=cache_directory())
-    output = start_directory(sft)
-    if os.path.isfile(os.path.join(output, "config.json")):
-        return output
+def _train_start(sft: SFTConfig, config: OfflineConfig) -> None:
     from learner.sft import train
 
+    num_threads = sft.training.num_threads or config.training.num_threads
+    training = sft.training.model_copy(update={"num_threads": num_threads})
     with bar("supervised start") as progress:
-        training = sft.training.model_copy(
-            update={"num_threads": sft.training.num_threads or config.training.num_threads}
-        )
-        train(
-            sft.model_copy(update={"output": output, "training": training}),
-            cache_dir=cache_directory(),
-            progress=progress,
-        )
-    return output
+        train(sft.model_copy(update={"training": training}), cache_dir=cache_directory(), progress=progress)

@@ -29,7 +29,7 @@ from cluster.pool import RayWorkers, fetch
 from cluster.progress import Display
 from cluster.recovery import RecoveringLearner
 from cluster.redo import RedoLog
-from cluster.start import prepare_policy
+from cluster.start import prepare_policy, train_start
 from cluster.storage import RunStorage, StorageError
 from cluster.transport import ObjectStoreTransport
 from learner.controller import StepController
@@ -142,7 +142,11 @@ class Session:
             directory: str = self._read_state(checkpoint[0])["model_dir"]
             if os.path.isdir(directory):
                 return directory
-        return prepare_policy(self.config, learner=placement.learner)
+        return prepare_policy(
+            self.config.policy,
+            seed=self.config.run.seed,
+            train=lambda sft: train_start(sft, learner=placement.learner),
+        )
 
     def _fitting(self, prompts: PromptsConfig, where: str) -> PromptsConfig:
         """Return the section with a limit under which every prompt and its response fit the policy's positions."""

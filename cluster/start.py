@@ -3,12 +3,13 @@
 import hashlib
 import inspect
 import os
+from collections.abc import Callable
 from typing import Any
 
 from actors.cache import cache_directory, content_hash
 from actors.config import PolicyConfig
 from actors.plugins import import_function
-from cluster.config import ConfigError, RunConfig, read_yaml, validate
+from cluster.config import ConfigError, read_yaml, validate
 from cluster.placement import Processes
 from learner.config import DataConfig, SFTConfig
 
@@ -41,21 +42,21 @@ def start_directory(sft: SFTConfig) -> str:
     return os.path.join(cache_directory(), "sft", key)
 
 
-def prepare_policy(config: RunConfig, *, learner: Processes) -> str:
-    """Return a local model directory, training the supervised start if it is not cached yet."""
+def prepare_policy(policy: PolicyConfig, *, seed: int, train: Callable[[SFTConfig], None]) -> str:
+    """Return a local model directory; `train` makes the supervised start if it is not cached yet."""
     from actors.policy import materialize
 
-    sft = start_config(config.policy)
+    sft = start_config(policy)
     if sft is None:
-        return materialize(config.policy, seed=config.run.seed, cache_dir=cache_directory())
+        return materialize(policy, seed=seed, cache_dir=cache_directory())
     output = start_directory(sft)
-    if os.path.isfile(os.path.join(output, "config.json")):
-        return output
-    _train_start(sft.model_copy(update={"output": output}), learner=learner)
+    if not os.path.isfile(os.path.join(output, "config.json")):
+        train(sft.model_copy(update={"output": output}))
     return output
 
 
-def _train_start(sft: SFTConfig, *, learner: Processes) -> None:
+def train_start(sft: SFTConfig, *, learner: Processes) -> None:
+    """Train a supervised start in a process of its own, with the resources of a learner rank."""
     import ray
 
     from cluster.pool import fetch

@@ -193,7 +193,7 @@ def leave_one_out(scores: torch.Tensor) -> torch.Tensor:
         scores: [K], of one prompt's responses, K >= 2.
 
     Source:
-        Kool et al. 2019; Ahmadian et al. 2024 (2402.14740), section 3.2.
+        Kool et al. 2019; Ahmadian et al. 2024 (2402.14740).
     """
     count = _group_size(scores)
     return (_centered(scores) * (count / (count - 1))).to(scores.dtype)

@@ -1,23 +1,13 @@
 """Configuration of the algorithm: a preset's name, and one field for each part that can be replaced."""
 
-import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from actors.config import Config
+from learner.parts import ADVANTAGES, POLICY_LOSSES, is_plugin
 from learner.presets import ONLINE
-
-_PLUGIN = r"^[\w.]+:\w+$"
-
-ADVANTAGES = ("gae", "n_step", "vtrace", "returns", "leave_one_out", "group")
-"""Advantage estimators (`learner/estimators.py`)."""
-POLICY_LOSSES = ("policy_gradient", "ppo_clip", "cispo")
-"""Policy losses (`learner/losses.py`)."""
-
-_OF_VALUES = ("gae", "n_step", "vtrace")
-_DISCOUNTED = (*_OF_VALUES, "returns")
 
 _Band = tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(gt=0)]]
 
@@ -33,8 +23,8 @@ class KLConfig(Config):
     """Of the penalty (Schulman 2020). In a loss only k2 has the gradient of KL(policy || reference), k3 has that of
     KL(reference || policy), and k1 needs `importance_weighted`."""
     importance_weighted: bool = False
-    """In a loss: multiply by the ratio to the sampling policy, for k1 and k3 with the ratio's gradient; all three then
-    have the gradient of KL(policy || reference), off-policy too (DeepSeek-V3.2, 2512.02556)."""
+    """In a loss: multiply by the ratio to the old policy (for k1 and k3 with its gradient) and by off_policy's weight;
+    all three then have the gradient of KL(policy || reference), off-policy too (DeepSeek-V3.2, 2512.02556)."""
     controller: Literal["fixed", "adaptive"] = "fixed"
     """adaptive: Ziegler et al. 2019, section 2.2."""
     target: float | None = Field(default=None, gt=0)
@@ -76,7 +66,7 @@ class ReferenceConfig(Config):
     """fixed: the policy that the run started with; swap: the current policy, taken every so many steps; ema: an
     exponential moving average of the policy's weights."""
     every: int | None = Field(default=None, ge=1)
-    """swap: steps between two swaps."""
+    """swap: steps between two swaps; one that is due in a skipped step is left out."""
     decay: float | None = Field(default=None, ge=0, lt=1)
     """ema: share of the old reference that a step keeps."""
 
@@ -219,6 +209,7 @@ class AlgorithmConfig(Config):
 
     @model_validator(mode="after")
     def _nothing_is_ignored(self) -> "AlgorithmConfig":
+        own_advantage = is_plugin(self.advantage)
         for field, is_used, by in self._uses():
             value, default = getattr(self, field), type(self).model_fields[field].default
             if not is_used and value != default:
@@ -226,21 +217,53 @@ class AlgorithmConfig(Config):
                     f"{field} must be left out or {default!r}, got {value!r}: it belongs to {by}, and this is "
                     f"{self.name} with advantage {self.advantage} and policy_loss {self.policy_loss}"
                 )
+        if self.kl.coef == 0 and self.reference.mode != "fixed":
+            raise ValueError(
+                "reference.mode must be fixed with kl.coef 0, where nothing is measured from the reference"
+            )
+        is_shared = self.compares_group or own_advantage
+        if self.policy_loss == "ppo_clip" and self.ratio != "token" and not is_shared:
+            raise ValueError(
+                f"ratio must be token with advantage {self.advantage}, got {self.ratio}: a sequence's ratio needs one "
+                "advantage for the sequence (leave_one_out, group)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _corrections_have_something_to_correct(self) -> "AlgorithmConfig":
         if self.advantage == "vtrace" and self.off_policy.weight != "none":
             raise ValueError("off_policy.weight must be none with advantage vtrace, which weighs by itself")
-        if self.off_policy.old_logprobs == "recorded" and self.off_policy.mask != "none":
+        if self.corrections and self.off_policy.old_logprobs == "recorded":
             raise ValueError(
-                "off_policy.mask must be none with old_logprobs recorded, where every ratio old / recorded is 1; set "
-                "old_logprobs recomputed"
+                f"{self.corrections} must be left out with off_policy.old_logprobs recorded, where every ratio "
+                "old / recorded is 1; set old_logprobs recomputed"
             )
         return self
 
     @property
     def needs_values(self) -> bool:
         """Whether a value function is trained; with an advantage of one's own, whether the preset trains one."""
-        if not is_plugin(self.advantage):
-            return self.advantage in _OF_VALUES
-        return ONLINE[self.name].settings.get("advantage", "gae") in _OF_VALUES and self.value_coef > 0
+        if self.advantage in ADVANTAGES:
+            return ADVANTAGES[self.advantage].has_values
+        return ADVANTAGES[ONLINE[self.name].settings.get("advantage", "gae")].has_values and self.value_coef > 0
+
+    @property
+    def corrections(self) -> str:
+        """The setting that was made to correct for another sampling policy; empty where there is none."""
+        settings = self.off_policy
+        if self.advantage == "vtrace":
+            return "advantage vtrace"
+        if settings.mask != "none":
+            return "off_policy.mask"
+        if settings.weight == "sequence":
+            return "off_policy.weight sequence"
+        is_changed = settings.max_weight != type(settings).model_fields["max_weight"].default
+        return "off_policy.max_weight" if is_changed else ""
+
+    @property
+    def compares_group(self) -> bool:
+        """Whether all tokens of a response have one advantage, relative to the other answers to its prompt."""
+        return self.advantage in ADVANTAGES and ADVANTAGES[self.advantage].compares_group
 
     def _uses(self) -> list[tuple[str, bool, str]]:
         """Return (setting, whether anything reads it, who would); plug-ins may read all."""
@@ -254,7 +277,7 @@ class AlgorithmConfig(Config):
             ("vtrace_rho", own or estimator == "vtrace", "advantage vtrace"),
             ("vtrace_c", own or estimator == "vtrace", "advantage vtrace"),
             ("gae_lambda", own or estimator in ("gae", "vtrace"), "advantage gae and vtrace"),
-            ("gamma", own or estimator in _DISCOUNTED, f"advantage {', '.join(_DISCOUNTED)}"),
+            ("gamma", own or ADVANTAGES[estimator].is_discounted, "advantages of single tokens"),
             ("ratio", own_loss or loss == "ppo_clip", "policy_loss ppo_clip"),
             ("dual_clip", own_loss or loss == "ppo_clip", "policy_loss ppo_clip"),
             ("clip_range", own_loss or loss != "policy_gradient", "policy_loss ppo_clip and cispo"),
@@ -263,11 +286,6 @@ class AlgorithmConfig(Config):
             ("value_coef", own or self.needs_values, "advantages with values"),
             ("overlong_coef", self.overlong_buffer is not None, "overlong_buffer"),
         ]
-
-
-def is_plugin(name: str) -> bool:
-    """Return whether a part is named by import path."""
-    return re.fullmatch(_PLUGIN, name) is not None
 
 
 def _merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -61,7 +61,7 @@ class Constraint:
             return
         excess = float(np.mean(self._recent)) - config.limit
         moved = self._log_multiplier + config.learning_rate * self.multiplier * excess
-        self._log_multiplier = min(moved, math.log(config.max_lambda))
+        self._log_multiplier = min(max(moved, math.log(config.min_lambda)), math.log(config.max_lambda))
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint needs, JSON-able; floats survive JSON exactly."""

@@ -23,10 +23,9 @@ from learner.model import PolicyAndValue, Scoring
 from learner.offline_config import DPOConfig
 from learner.offline_data import Pair
 from learner.optimizer import OptimizerEngine
-from learner.training import microbatches
+from learner.training import ROW_TOKENS, microbatches
 
 _CHUNK_TOKENS = 512
-_MICROBATCH_TOKENS = 512  # attention in a shared row costs its square
 
 
 def dpo_margin(
@@ -78,7 +77,7 @@ class DirectPreference:
         device: where the module is.
     """
 
-    microbatch_tokens = _MICROBATCH_TOKENS
+    microbatch_tokens = ROW_TOKENS
 
     def __init__(
         self, module: PolicyAndValue, pairs: Sequence[Pair], settings: DPOConfig, device: torch.device

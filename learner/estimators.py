@@ -8,16 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from learner.advantages import (
-    align_right,
-    cut_right,
-    gae,
-    group_relative,
-    leave_one_out,
-    n_step_advantages,
-    returns_to_go,
-    vtrace,
-)
+from learner import advantages as recursions
+from learner.advantages import align_right, cut_right, group_relative, n_step_advantages, returns_to_go
 from learner.algorithm_config import AlgorithmConfig
 
 
@@ -53,22 +45,22 @@ class Advantages:
     """For each response [R_b], what the value function is trained towards; None without one."""
 
 
-def gae_estimator(experience: Experience, algorithm: AlgorithmConfig) -> Advantages:
+def gae(experience: Experience, algorithm: AlgorithmConfig) -> Advantages:
     """Generalized advantage estimation; with lambda 1 the return minus the value.  Source: see `gae`."""
     rewards, values, discounts = _aligned(experience, algorithm)
-    return _valued(gae(rewards, values, discounts, algorithm.gae_lambda), experience)
+    return _valued(recursions.gae(rewards, values, discounts, algorithm.gae_lambda), experience)
 
 
-def n_step_estimator(experience: Experience, algorithm: AlgorithmConfig) -> Advantages:
+def n_step(experience: Experience, algorithm: AlgorithmConfig) -> Advantages:
     """N-step returns minus values.  Source: see `n_step_advantages`."""
     rewards, values, discounts = _aligned(experience, algorithm)
     return _valued(n_step_advantages(rewards, values, discounts, algorithm.n_step), experience)
 
 
-def vtrace_estimator(experience: Experience, algorithm: AlgorithmConfig) -> Advantages:
+def vtrace(experience: Experience, algorithm: AlgorithmConfig) -> Advantages:
     """V-trace for samples of another policy.  Source: see `vtrace`."""
     rewards, values, discounts = _aligned(experience, algorithm)
-    traced = vtrace(
+    traced = recursions.vtrace(
         rewards,
         values,
         discounts,
@@ -81,7 +73,7 @@ def vtrace_estimator(experience: Experience, algorithm: AlgorithmConfig) -> Adva
     return Advantages(advantages=_cut(traced.advantages, experience), returns=errors.returns)
 
 
-def returns_estimator(experience: Experience, algorithm: AlgorithmConfig) -> Advantages:
+def returns(experience: Experience, algorithm: AlgorithmConfig) -> Advantages:
     """Discounted returns minus a baseline that is one number for a whole response.
 
     batch_mean and group_mean are means of the responses' undiscounted returns, ema that of earlier steps' scores.
@@ -95,16 +87,16 @@ def returns_estimator(experience: Experience, algorithm: AlgorithmConfig) -> Adv
     return Advantages(advantages=[row - b for row, b in zip(following, baselines, strict=True)])
 
 
-def leave_one_out_estimator(experience: Experience, algorithm: AlgorithmConfig) -> Advantages:
+def leave_one_out(experience: Experience, algorithm: AlgorithmConfig) -> Advantages:
     """A response's return minus the mean of the others to its prompt, at all its tokens.  Source: `leave_one_out`."""
     groups = experience.sequence_returns.split(list(experience.group_sizes))
-    return _spread([leave_one_out(group) for group in groups], experience)
+    return _spread([recursions.leave_one_out(part) for part in groups], experience)
 
 
-def group_estimator(experience: Experience, algorithm: AlgorithmConfig) -> Advantages:
+def group(experience: Experience, algorithm: AlgorithmConfig) -> Advantages:
     """A response's return relative to the responses to its prompt, at all of its tokens.  Source: `group_relative`."""
     groups = experience.sequence_returns.split(list(experience.group_sizes))
-    return _spread([group_relative(group, scale_by_std=algorithm.scale_by_std) for group in groups], experience)
+    return _spread([group_relative(part, scale_by_std=algorithm.scale_by_std) for part in groups], experience)
 
 
 def _aligned(experience: Experience, algorithm: AlgorithmConfig) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -138,5 +130,5 @@ def _baselines(experience: Experience, algorithm: AlgorithmConfig) -> torch.Tens
         return returns.double().mean().to(returns.dtype).expand_as(returns)
     if algorithm.baseline == "group_mean":
         groups = returns.split(list(experience.group_sizes))
-        return torch.cat([group.double().mean().to(group.dtype).expand_as(group) for group in groups])
+        return torch.cat([part.double().mean().to(part.dtype).expand_as(part) for part in groups])
     return torch.full_like(returns, experience.baseline if algorithm.baseline == "ema" else 0.0)

@@ -13,7 +13,7 @@ from learner.algorithm_config import AlgorithmConfig
 from learner.algorithms import estimator_of
 from learner.batch import StepPlan
 from learner.credit import dense_rewards
-from learner.estimators import Experience
+from learner.estimators import Advantages, Experience
 from learner.off_policy import importance_weights
 from learner.samples import Sample
 from reward.credit_config import CreditConfig
@@ -62,32 +62,15 @@ def judge(
     """
     old = [s.logprobs if p.logprobs is None else p.logprobs for s, p in zip(samples, first_pass, strict=True)]
     samples = [with_first_pass(s, p) for s, p in zip(samples, first_pass, strict=True)]
-    ends = [is_terminal(s.finish_reason, missing_eos_penalty=algorithm.missing_eos_penalty) for s in samples]
-    kl_coef = plan.kl_coef if algorithm.kl.placement == "reward" else 0.0
-    values = [with_bootstrap(p.values, is_terminal=end) for p, end in zip(first_pass, ends, strict=True)]
-    experience = Experience(
-        group_sizes=plan.group_sizes,
-        rewards=[
-            _rewards(sample, logprobs, float(score), kl_coef)
-            if credit is None
-            else _rewards(sample, logprobs, 0.0, kl_coef) + _credited(sample, float(score), credit, algorithm, end)
-            for sample, logprobs, score, end in zip(samples, old, plan.scores, ends, strict=True)
-        ],
-        values=values,
-        log_ratios=[torch.where(s.loss_mask, o - s.logprobs, 0.0) for o, s in zip(old, samples, strict=True)],
-        baseline=plan.baseline,
-    )
+    experience = _experience(samples, old, [part.values for part in first_pass], plan, algorithm, credit)
+    values = experience.values
     estimated = estimator_of(algorithm)(experience, algorithm)
+    _check_returns(estimated, algorithm)
     advantages = estimated.advantages
     mask = torch.cat([sample.loss_mask for sample in samples])
     moments = token_moments(torch.cat(list(advantages)), mask)
     metrics = {"advantage_mean": moments.mean, "advantage_std": moments.variance**0.5}
     returns = estimated.returns
-    if returns is None and algorithm.needs_values:
-        raise ValueError(
-            f"returns must be given by an advantage with algorithm.value_coef {algorithm.value_coef}, got none from "
-            f"{algorithm.advantage}; return the value function's targets, or set value_coef to 0"
-        )
     if returns is None:
         returns = [torch.zeros_like(row) for row in advantages]
     else:
@@ -109,6 +92,44 @@ def judge(
         for s, o, v, a, r in zip(samples, old, values, advantages, returns, strict=True)
     ]
     return targets, metrics
+
+
+def _experience(
+    samples: Sequence[Sample],
+    old: Sequence[torch.Tensor],
+    values: Sequence[torch.Tensor],
+    plan: StepPlan,
+    algorithm: AlgorithmConfig,
+    credit: CreditConfig | None,
+) -> Experience:
+    ends = [is_terminal(s.finish_reason, missing_eos_penalty=algorithm.missing_eos_penalty) for s in samples]
+    kl_coef = plan.kl_coef if algorithm.kl.placement == "reward" else 0.0
+    rewards = [
+        _rewards(sample, logprobs, float(score), kl_coef)
+        if credit is None
+        else _rewards(sample, logprobs, 0.0, kl_coef) + _credited(sample, float(score), credit, algorithm, end)
+        for sample, logprobs, score, end in zip(samples, old, plan.scores, ends, strict=True)
+    ]
+    return Experience(
+        group_sizes=plan.group_sizes,
+        rewards=rewards,
+        values=[with_bootstrap(v, is_terminal=end) for v, end in zip(values, ends, strict=True)],
+        log_ratios=[torch.where(s.loss_mask, o - s.logprobs, 0.0) for o, s in zip(old, samples, strict=True)],
+        baseline=plan.baseline,
+    )
+
+
+def _check_returns(estimated: Advantages, algorithm: AlgorithmConfig) -> None:
+    if estimated.returns is None and algorithm.needs_values:
+        raise ValueError(
+            f"returns must be given by an advantage with algorithm.value_coef {algorithm.value_coef}, got none from "
+            f"{algorithm.advantage}; return the value function's targets, or set value_coef to 0"
+        )
+    if estimated.returns is not None and not algorithm.needs_values:
+        raise ValueError(
+            f"returns must be left out by an advantage of algorithm {algorithm.name}, which trains no value function, "
+            f"got some from {algorithm.advantage}; name a preset that does, for instance ppo"
+        )
 
 
 def _rewards(sample: Sample, logprobs: torch.Tensor, score: float, kl_coef: float) -> torch.Tensor:

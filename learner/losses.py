@@ -19,7 +19,8 @@ Aggregation = Literal[
 ]
 Ratio = Literal["token", "sequence", "sequence_mean"]
 
-_MAX_LOG_RATIO = 30.0
+MAX_LOG_RATIO = 30.0
+"""Bound of a log-ratio: a hopeless token must not make 0 * inf."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +55,7 @@ def policy_gradient(inputs: LossInputs) -> PolicyLoss:
     """Return -A log pi of each token: REINFORCE, and the actor of A2C.
 
     Source:
-        Williams 1992, Eq. 5; Mnih et al. 2016 (1602.01783).
+        Williams 1992, sections 4 and 5; Mnih et al. 2016 (1602.01783).
     """
     with torch.no_grad():
         ratio = _log_ratio(inputs).exp()
@@ -88,7 +89,7 @@ def ppo_clip(
         ratio: Of which probabilities.
 
     Source:
-        Schulman et al. 2017 (1707.06347), Eq. 7; GSPO: Zheng et al. 2025 (2507.18071), Eq. 5, 7 and 11.
+        Schulman et al. 2017 (1707.06347), Eq. 7; GSPO: Zheng et al. 2025 (2507.18071), Eq. 5, 7, 13 and 14.
     """
     high = clip_range if clip_range_high is None else clip_range_high
     advantages = inputs.advantages
@@ -183,7 +184,7 @@ def aggregation_weights(
 
 
 def _log_ratio(inputs: LossInputs) -> torch.Tensor:
-    return (inputs.logprobs - inputs.old_logprobs).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
+    return (inputs.logprobs - inputs.old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
 def _ratios(inputs: LossInputs, ratio: Ratio) -> torch.Tensor:
@@ -195,7 +196,7 @@ def _ratios(inputs: LossInputs, ratio: Ratio) -> torch.Tensor:
         sums = _of_sequences(terms, inputs.lengths)
         if ratio == "sequence_mean":
             sums = sums / _of_sequences(inputs.loss_mask.to(terms.dtype), inputs.lengths).clamp(min=1)
-        fixed = sums.clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO).exp()
+        fixed = sums.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     return fixed * (inputs.logprobs - inputs.logprobs.detach()).exp()
 
 

@@ -30,6 +30,7 @@ class Meter:
 
 def summarise(meters: Sequence[Meter], plan: StepPlan, algorithm: AlgorithmConfig) -> dict[str, float]:
     """Return the step's metrics, of the losses that there are: means over its updates, maxima over all of them."""
+    made = plan.updates[: len(meters)]
     means = torch.stack([meter.shares for meter in meters]).mean(0).tolist()
     shares = dict(zip(SHARE_NAMES, means, strict=True))
     is_absent = {"value_loss": not algorithm.needs_values, "kl_loss": algorithm.kl.placement != "loss"}
@@ -38,6 +39,6 @@ def summarise(meters: Sequence[Meter], plan: StepPlan, algorithm: AlgorithmConfi
         "ratio_max": max(meter.ratio_max for meter in meters),
         "learner_logprob_gap": max(meter.gap for meter in meters),
         "grad_norm": sum(meter.gradient_norm for meter in meters) / len(meters),
-        "learning_rate": plan.updates[-1].learning_rate,
-        "num_tokens": float(sum(update.num_tokens for update in plan.updates if update.epoch == 0)),
+        "learning_rate": made[-1].learning_rate,
+        "num_tokens": float(sum(update.num_tokens for update in made if update.epoch == 0)),
     }

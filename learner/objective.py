@@ -7,7 +7,7 @@ import torch
 from learner.algorithm_config import AlgorithmConfig
 from learner.algorithms import policy_loss_of
 from learner.kl import ESTIMATORS, k3
-from learner.losses import LossInputs, value_loss
+from learner.losses import MAX_LOG_RATIO, LossInputs, value_loss
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +116,7 @@ def _kl_terms(logprobs: torch.Tensor, targets: Targets, algorithm: AlgorithmConf
     terms = ESTIMATORS[algorithm.kl.estimator](current, reference)
     if not algorithm.kl.importance_weighted:
         return terms
-    ratio = (current - old).exp()
+    ratio = (current - old).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     # The mean of k2 is not the KL: only its own gradient is right, so the ratio must not add to it.
     return terms * (ratio.detach() if algorithm.kl.estimator == "k2" else ratio) * targets.importance
 

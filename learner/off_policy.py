@@ -16,7 +16,7 @@ from typing import Literal
 
 import torch
 
-_MAX_LOG_RATIO = 30.0
+from learner.losses import MAX_LOG_RATIO
 
 
 def importance_weights(
@@ -53,7 +53,7 @@ def importance_weights(
         per_sequence = [torch.full_like(row, float(row.sum())) for row in log_ratios.split(list(lengths))]
         sums = torch.cat(per_sequence) if per_sequence else log_ratios
         chosen = {"none": torch.zeros_like(sums), "token": log_ratios, "sequence": sums}[weight]
-        weights = chosen.clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO).exp()
+        weights = chosen.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
         if weight != "none" and max_weight is not None:
             weights = weights.clamp(max=max_weight)
         if mask == "none" or mask_range is None:
@@ -82,7 +82,7 @@ def mismatch(log_ratios: torch.Tensor) -> dict[str, float]:
     wide = log_ratios.double()
     if not wide.numel():
         return dict.fromkeys(MISMATCH_NAMES, 0.0) | {"mismatch_ess": 1.0}
-    ratios = wide.clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO).exp()
+    ratios = wide.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     figures = (
         -wide.mean(),
         (ratios - 1 - wide).mean(),

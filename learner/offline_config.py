@@ -90,6 +90,20 @@ class OfflineEvaluationConfig(Config):
     seed: int = 0
     """Of the evaluation's random numbers."""
 
+    @model_validator(mode="after")
+    def _judges_only_look(self) -> "OfflineEvaluationConfig":
+        reward, components = self.reward, self.reward.components
+        learning = [name for name in ("constraint", "credit") if getattr(reward, name) is not None]
+        learning += ["num_workers"] if reward.num_workers != 1 else []
+        learning += [f"components.{name}.schedule" for name, judge in components.items() if judge.schedule is not None]
+        learning += [f"components.{name}.normalize" for name, judge in components.items() if judge.normalize != "none"]
+        if learning:
+            raise ValueError(
+                f"reward.{learning[0]} must be left out of an evaluation, where nothing is learnt from the scores; "
+                "name the judges and their weights"
+            )
+        return self
+
 
 class OfflineConfig(Config):
     """`concord offline`: learn from preferences, ratings, or the rollouts of earlier runs; nothing is sampled."""

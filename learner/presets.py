@@ -53,7 +53,8 @@ PRESETS: Mapping[str, Preset] = {
         formula=r"-\mathbb{E}\left[A_t \log \pi_\theta(a_t | s_t)\right],"
         r"\quad A_t = \sum_l (\gamma \lambda)^l \delta_{t+l}",
         source="Mnih et al. 2016 (1602.01783), Algorithm S3; PPO with one update: Huang et al. 2022 (2205.09123)",
-        differs="advantage n_step gives the n-step return, n_step 1 the temporal difference; the synchronous form",
+        differs="the synchronous form; entropy_coef is 0 by default; advantage n_step gives the n-step return, and "
+        "with n_step 1 the temporal difference",
         settings={"policy_loss": "policy_gradient", "whiten_advantages": False, "value_clip_range": None},
         proof=("tests/test_learner_a2c.py", "C12-local", "two-epochs"),
     ),
@@ -61,7 +62,7 @@ PRESETS: Mapping[str, Preset] = {
         kind="online",
         title="REINFORCE",
         formula=_VALUES_OF_REINFORCE + r",\quad b = 0",
-        source="Williams 1992, Eq. 5",
+        source="Williams 1992, sections 4 and 5",
         settings=_REINFORCE,
         proof=("tests/test_checks_gradient.py", "C3-reinforce", "own-reward-only"),
     ),
@@ -69,7 +70,7 @@ PRESETS: Mapping[str, Preset] = {
         kind="online",
         title="REINFORCE, batch-mean baseline",
         formula=_VALUES_OF_REINFORCE + r",\quad b = \frac{1}{B} \sum_j R_j",
-        source="Williams 1992, section 3 (reinforcement comparison)",
+        source="Williams 1992, section 4 (reinforcement baseline)",
         differs="the mean includes the sample itself, which scales the expected gradient by (B - 1) / B",
         settings={**_REINFORCE, "baseline": "batch_mean"},
         proof=("tests/test_checks_gradient.py", "C3-variance", "mean-over-prompts"),
@@ -78,7 +79,7 @@ PRESETS: Mapping[str, Preset] = {
         kind="online",
         title="REINFORCE, moving-average baseline",
         formula=_VALUES_OF_REINFORCE + r",\quad b \leftarrow \alpha b + (1 - \alpha) \bar{R}",
-        source="Williams 1992, section 3 (reinforcement comparison)",
+        source="Williams 1992, section 4 (reinforcement baseline)",
         differs="the average is of earlier steps only, so it does not depend on the sample",
         settings={**_REINFORCE, "baseline": "ema"},
         proof=("tests/test_learner_experience.py", "ema", "own-step"),
@@ -96,7 +97,7 @@ PRESETS: Mapping[str, Preset] = {
         title="RLOO",
         formula=r"-\mathbb{E}\left[\min(r A,\ \mathrm{clip}(r) A)\right],\quad "
         r"A_i = R_i - \frac{1}{K - 1} \sum_{j \ne i} R_j,\quad r = \frac{\pi_\theta(y|x)}{\pi_{old}(y|x)}",
-        source="Kool et al. 2019; Ahmadian et al. 2024 (2402.14740), section 3.2",
+        source="Kool et al. 2019; Ahmadian et al. 2024 (2402.14740)",
         differs="with several updates a step the ratio of whole responses is clipped, as TRL's trainer does; with one "
         "it is the paper's REINFORCE",
         settings={
@@ -135,8 +136,8 @@ PRESETS: Mapping[str, Preset] = {
         formula=r"-\frac{1}{G} \sum_i \frac{1}{|y_i|} \sum_t \min(r_{i,t} A_i,\ \mathrm{clip}(r_{i,t}) A_i) "
         r"+ \beta k_3,\quad A_i = \frac{R_i - \mathrm{mean}(R)}{\mathrm{std}(R)}",
         source="Shao et al. 2024 (2402.03300), Eq. 3",
-        differs="k3 in the loss is kept for parity: its gradient is that of KL(reference || policy); estimator k2 has "
-        "that of KL(policy || reference)",
+        differs="the standard deviation is the sample's, plus 1e-6; k3 in the loss is kept for parity: its gradient is "
+        "that of KL(reference || policy), and estimator k2 has that of KL(policy || reference)",
         settings={
             **_GROUP,
             "aggregation": "sequence_mean_token_mean",
@@ -165,7 +166,9 @@ PRESETS: Mapping[str, Preset] = {
         r"\mathrm{clip}(r_{i,t}, 1 - \varepsilon_{low}, 1 + \varepsilon_{high}) A_i),"
         r"\quad 0 < |\{i: y_i \text{ right}\}| < G",
         source="Yu et al. 2025 (2503.14476), Eq. 8, 11 and 13",
-        differs="groups without contrast are replaced in at most three waves of prompts a step, then trained on",
+        differs="a group has contrast when its judges' raw values differ, not when some answers are right; groups "
+        "without it are replaced in at most three waves of prompts a step, then trained on; the buffer is a share of "
+        "max_new_tokens",
         settings={
             **_GROUP,
             "clip_range_high": 0.28,

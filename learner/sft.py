@@ -21,6 +21,7 @@ from learner.config import SFTConfig
 from learner.model import PolicyAndValue, Scoring
 from learner.optimizer import OptimizerEngine, make_engine
 from learner.training import (
+    ROW_TOKENS,
     SETTINGS_FILE,
     Progress,
     fit,
@@ -32,7 +33,6 @@ from learner.training import (
 )
 
 _CHUNK_TOKENS = 512
-_MICROBATCH_TOKENS = 512  # attention in a shared row costs its square
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,7 +129,7 @@ class ExampleParser:
 class NextToken:
     """Objective: minus the log-prob of each trained token."""
 
-    microbatch_tokens = _MICROBATCH_TOKENS
+    microbatch_tokens = ROW_TOKENS
 
     def __init__(self, module: PolicyAndValue, examples: Sequence[SFTExample], device: torch.device) -> None:
         self._scorer = module.scorer

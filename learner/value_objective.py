@@ -7,6 +7,7 @@ import torch
 
 from actors.rows import PromptGroup
 from learner.optimizer import OptimizerEngine
+from learner.training import ROW_TOKENS
 from learner.value_config import ILQLConfig, ValueLearningConfig
 from learner.value_learning import ValueInputs, ValueLoss, ilql_loss, q_learning_loss
 from learner.value_model import PolicyWithValues
@@ -14,7 +15,6 @@ from learner.value_model import PolicyWithValues
 if TYPE_CHECKING:
     from learner.offline_data import Trajectory
 
-_MICROBATCH_TOKENS = 512  # attention in a shared row costs its square
 _PARTS = ("q_loss", "v_loss", "cql_loss", "bc_loss")
 
 
@@ -31,7 +31,7 @@ class ValueObjective:
         ValueError: if a trajectory has no learnt token.
     """
 
-    microbatch_tokens = _MICROBATCH_TOKENS
+    microbatch_tokens = ROW_TOKENS
 
     def __init__(
         self,

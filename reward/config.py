@@ -47,6 +47,8 @@ class ConstraintConfig(Config):
     """The mean cost of a response must not be above this; 0 is the boundary of a cost model."""
     initial_lambda: float = Field(default=1.0, gt=0)
     """The multiplier at first."""
+    min_lambda: float = Field(default=1e-4, gt=0)
+    """The multiplier at least; at 0 it could never grow again."""
     max_lambda: float = Field(default=100.0, gt=0)
     """The multiplier at most; it grows without end while a limit cannot be kept."""
     learning_rate: float = Field(default=0.1, gt=0)
@@ -57,11 +59,11 @@ class ConstraintConfig(Config):
     """Steps before the multiplier moves; the window fills meanwhile."""
 
     @model_validator(mode="after")
-    def _starts_below_its_maximum(self) -> "ConstraintConfig":
-        if self.initial_lambda > self.max_lambda:
+    def _starts_within_its_bounds(self) -> "ConstraintConfig":
+        if not self.min_lambda <= self.initial_lambda <= self.max_lambda:
             raise ValueError(
-                f"initial_lambda must be at most max_lambda = {self.max_lambda}, got {self.initial_lambda}; raise "
-                "max_lambda"
+                f"initial_lambda must be between min_lambda = {self.min_lambda} and max_lambda = {self.max_lambda}, "
+                f"got {self.initial_lambda}; move one of them"
             )
         return self
 

@@ -5,8 +5,10 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from learner.algorithm_config import ADVANTAGES, POLICY_LOSSES, AlgorithmConfig
-from learner.algorithms import ESTIMATORS, LOSSES, estimator_of, policy_loss_of
+from learner import estimators
+from learner.algorithm_config import AlgorithmConfig
+from learner.algorithms import estimator_of, policy_loss_of
+from learner.parts import ADVANTAGES, POLICY_LOSSES
 from learner.presets import OFFLINE, ONLINE
 from tests.checks import Case, Check, with_twins
 
@@ -276,15 +278,16 @@ def test_what_is_neither_a_part_nor_a_path_is_refused(field, name) -> None:
 
 
 def test_every_part_that_may_be_named_is_there() -> None:
-    assert set(ESTIMATORS) == set(ADVANTAGES)
-    assert set(LOSSES) == set(POLICY_LOSSES)
-    one = config("cispo")
-    assert (estimator_of(one), policy_loss_of(one)) == (ESTIMATORS["group"], LOSSES["cispo"])
+    for advantage in ADVANTAGES:
+        off_policy = {"weight": "none"} if advantage == "vtrace" else {}
+        assert estimator_of(config({"advantage": advantage, "off_policy": off_policy})).__name__ == advantage
+    for policy_loss in POLICY_LOSSES:
+        assert policy_loss_of(config({"policy_loss": policy_loss})).__name__ == policy_loss
 
 
 def test_a_path_leads_to_its_function() -> None:
-    one = config({"advantage": "learner.estimators:group_estimator", "policy_loss": "learner.losses:policy_gradient"})
-    assert estimator_of(one) is ESTIMATORS["group"]
+    one = config({"advantage": "learner.estimators:group", "policy_loss": "learner.losses:policy_gradient"})
+    assert estimator_of(one) is estimators.group
     assert policy_loss_of(one).__name__ == "policy_gradient"
     for path in ("no_such_module:mine", "learner.losses:no_such_function"):
         with pytest.raises(ValueError, match="a function must"):

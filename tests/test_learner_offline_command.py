@@ -78,8 +78,8 @@ def test_a_training_run_finds_the_same_start(tmp_path, config_file, monkeypatch)
     monkeypatch.setattr("learner.sft.train", remember)
     with pytest.raises(StopIteration):
         run_offline(config)
-    monkeypatch.setattr(start, "_train_start", lambda sft, **arguments: trained.append(sft.output))
-    assert start.prepare_policy(config, learner=None) == trained[0]
+    found = start.prepare_policy(config.policy, seed=0, train=lambda sft: trained.append(sft.output))
+    assert found == trained[0]
     assert trained[0] == trained[1]
 
 

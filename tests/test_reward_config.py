@@ -75,7 +75,7 @@ def test_without_a_constraint_a_judge_may_be_called_cost() -> None:
             lambda: WeightScheduleConfig(final_weight=0.0, start_step=4, end_step=4),
             r"greater than start_step = 4, got 4",
         ),
-        (lambda: ConstraintConfig(initial_lambda=9.0, max_lambda=5.0), r"at most max_lambda = 5.0, got 9.0"),
+        (lambda: ConstraintConfig(initial_lambda=9.0, max_lambda=5.0), r"max_lambda = 5.0, got 9.0"),
         (
             lambda: ComponentConfig(model="m", role="cost", normalize="running"),
             r"`normalize` must be none with role cost, got running",
