@@ -8,11 +8,13 @@ group B   c   3 tokens, cut off             0  .2  .4             .3 -.1 .2 (.6)
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
+from learner.advantages import group_relative, leave_one_out
 from learner.algorithm_config import AlgorithmConfig
 from learner.algorithms import estimator_of
 from learner.estimators import Advantages, Experience
@@ -230,3 +232,23 @@ def test_a_group_of_one_has_nothing_to_be_compared_with() -> None:
     for advantage in ("leave_one_out", "group"):
         with pytest.raises(ValueError, match=r"at least 2 responses to one prompt.*raise rollouts\.samples_per_prompt"):
             estimate(alone, settings(advantage=advantage))
+
+
+def equal_scores_have_no_advantage(implementation) -> None:
+    for size in (3, 6, 7, 8, 12, 16, 64):
+        for score in (0.1, 0.7, 5.7, 13.37):
+            assert not implementation(torch.full((size,), score)).any(), (size, score)
+
+
+def in_float32(scores):
+    return (scores - scores.mean()) / (scores.std() + 1e-6)
+
+
+def test_a_group_of_equal_scores_has_no_advantage() -> None:
+    equal_scores_have_no_advantage(partial(group_relative, scale_by_std=True))
+    equal_scores_have_no_advantage(leave_one_out)
+
+
+def test_rounding_that_is_scaled_up_is_caught() -> None:
+    with pytest.raises(AssertionError):
+        equal_scores_have_no_advantage(in_float32)

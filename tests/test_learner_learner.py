@@ -253,6 +253,47 @@ def test_importance_weights_are_truncated(toy, ratio, weight):
         assert torch.allclose(target.importance, expected, atol=1e-5)
 
 
+def at_version(batch: ToyBatch, version: int) -> list[pa.Table]:
+    """The batch's rows as a policy of `version` would have sampled them, log-probs a last digit off the learner's."""
+    tables = []
+    for table in batch.tables:
+        rows = table.to_pylist()
+        for row in rows:
+            row["policy_versions"] = [version] * len(row["response_ids"])
+            row["logprobs"] = [value + 1e-6 for value in row["logprobs"]]
+        tables.append(pa.Table.from_pylist(rows, schema=table.schema))
+    return tables
+
+
+def check_replay(toy: str, is_on_policy: Any) -> None:
+    """A rank that learns steps again without publishing ends with the bits of the one that published each."""
+    config = learner_config(epochs=1, num_minibatches=1)
+    ranks = [learner_rank(toy, config) for _ in range(2)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LearnerRank, "_is_on_policy", is_on_policy)
+        for number, learner in enumerate(ranks):
+            for step in (1, 2):
+                batch = toy_batch(toy, config, step=step)
+                if number == 0 and step == 1:  # later weights sampled nothing that is recorded here
+                    learner.publish(step - 1, 0)
+                metrics = learner.step(at_version(batch, step - 1), batch.plan)
+                assert metrics["ratio_max"] == 1.0
+    assert difference(parameters(ranks[0]), parameters(ranks[1])) == 0.0
+
+
+def by_what_was_published(learner: LearnerRank, samples: Any, plan: Any) -> bool:
+    return learner._version is not None and all(bool((s.policy_versions == learner._version).all()) for s in samples)
+
+
+def test_one_update_a_step_is_replayed_bit_for_bit(toy):
+    check_replay(toy, LearnerRank._is_on_policy)
+
+
+def test_a_ratio_that_hangs_on_what_was_published_is_caught(toy):
+    with pytest.raises(AssertionError):
+        check_replay(toy, by_what_was_published)
+
+
 @pytest.mark.parametrize("change", ["missing", "twice", "unknown"])
 def test_tables_that_do_not_fit_the_plan_are_refused(toy, change):
     batch = toy_batch(toy, learner_config(), step=1)
