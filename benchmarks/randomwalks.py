@@ -42,7 +42,12 @@ _ONE_UPDATE_A_SAMPLE = ("learner.epochs=1",)
 OVERRIDES: dict[str, tuple[str, ...]] = {
     "a2c": _ONE_UPDATE_A_SAMPLE,
     "reinforce": _ONE_UPDATE_A_SAMPLE,
-    "reinforce_batch_mean": (*_ONE_UPDATE_A_SAMPLE, "learner.optimizer.learning_rate=2.0e-4"),
+    # Walks below the mean are pushed away without bound, so it must stay exactly on-policy: one update a step.
+    "reinforce_batch_mean": (
+        *_ONE_UPDATE_A_SAMPLE,
+        "learner.num_minibatches=1",
+        "learner.optimizer.learning_rate=1.0e-3",
+    ),
     "reinforce_ema": _ONE_UPDATE_A_SAMPLE,
     "reinforce_value": _ONE_UPDATE_A_SAMPLE,
 }
