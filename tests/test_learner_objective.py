@@ -208,7 +208,9 @@ def with_kl(**changes: Any) -> Objective:
 
 LENGTHS = (3, 1, 4, 2)
 SPLITS: tuple[Sequence[Sequence[int]], ...] = ([(0, 1, 2, 3)], [(0, 1), (2, 3)], [(3, 0), (), (2,), (1,)])
-FULL = settings(ratio="sequence_mean", aggregation="sequence_mean_token_mean", dual_clip=3.0, value_clip_range=0.2)
+FULL = settings(aggregation="sequence_mean_token_mean", dual_clip=3.0, value_clip_range=0.2).model_copy(
+    update={"ratio": "sequence_mean"}  # with values it may not be configured; together they have every term
+)
 
 
 def minibatch() -> tuple[torch.Tensor, Targets]:
