@@ -42,6 +42,8 @@ _ONE_UPDATE_A_SAMPLE = ("learner.epochs=1",)
 OVERRIDES: dict[str, tuple[str, ...]] = {
     "a2c": _ONE_UPDATE_A_SAMPLE,
     "reinforce": _ONE_UPDATE_A_SAMPLE,
+    # No clip holds it back, and what collapses on a wrong walk early never sees another one.
+    "cispo": _ONE_UPDATE_A_SAMPLE,
     # Walks below the mean are pushed away without bound, so it must stay exactly on-policy: one update a step.
     "reinforce_batch_mean": (
         *_ONE_UPDATE_A_SAMPLE,
