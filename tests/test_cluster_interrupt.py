@@ -12,6 +12,7 @@ from cluster.config import PlacementConfig
 from cluster.interrupt import StopRequest
 
 STEPS = """
+import signal
 import time
 from cluster.interrupt import StopRequest
 
@@ -20,6 +21,7 @@ def busy(seconds):
     while time.monotonic() < end:
         time.sleep(0.01)
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job begins with it ignored
 with StopRequest() as stop:
     try:
         print("learning", flush=True)
