@@ -20,6 +20,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -105,24 +106,47 @@ def _merged(lines: list[Line], path: Path) -> list[Line]:
 
 
 def draw(lines: list[Line], exact: Outcomes, path: str) -> None:
-    """Draw all points under the exact frontier of their reference as PNG."""
+    """Draw all points under the exact frontier of their reference as PNG: the whole curve, and where it is crowded."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    axes = figure.add_subplot()
+    figure = Figure(figsize=(12, 5.5), layout="constrained")
+    whole, near = figure.subplots(1, 2)
+    furthest = max([line.kl for line in lines], default=1.0) + 0.1
     curve = [frontier_at_beta(exact, beta) for beta in np.geomspace(3.0, 1e-3, 200)]
-    axes.plot([point.kl for point in curve], [point.value for point in curve], color="black", label="exact frontier")
-    for kind, marker in (("online", "o"), ("offline", "s")):
-        chosen = [line for line in lines if line.kind == kind]
-        axes.scatter([line.kl for line in chosen], [line.optimality for line in chosen], marker=marker, label=kind)
-    for line in lines:
-        point = (line.kl, line.optimality)
-        axes.annotate(line.algorithm, point, fontsize=7, xytext=(4, -6), textcoords="offset points")
-    axes.set_xlabel("KL from the supervised start, nats per walk")
-    axes.set_ylabel("optimality")
-    axes.set_title(f"RandomWalks, seed {lines[0].seed}" if lines else "RandomWalks")
-    axes.legend(loc="lower right")
-    figure.savefig(path, dpi=120)
+    online = [line for line in lines if line.kind == "online"]
+    for axes, shown in ((whole, [line for line in lines if line.kind == "offline"]), (near, online)):
+        kls, values = [point.kl for point in curve], [point.value for point in curve]
+        axes.plot([*kls, furthest], [*values, values[-1]], color="black", label="exact frontier")
+        for kind, marker in (("online", "o"), ("offline", "s")):
+            chosen = [line for line in lines if line.kind == kind]
+            axes.scatter([line.kl for line in chosen], [line.optimality for line in chosen], marker=marker, label=kind)
+        axes.set_xlabel("KL from the supervised start, nats per walk")
+        _name(axes, shown)
+    if online:
+        near.set_xlim(min(line.kl for line in online) - 0.1, furthest)
+        near.set_ylim(min(line.optimality for line in online) - 0.01, 1.003)
+    whole.set_ylabel("optimality")
+    whole.legend(loc="lower right")
+    figure.suptitle(
+        f"RandomWalks, graph seed {lines[0].seed}: no policy lies above the curve" if lines else "RandomWalks"
+    )
+    figure.savefig(path, dpi=110)
+
+
+def _name(axes: Any, lines: list[Line]) -> None:
+    """Write names beside the axes, from top to bottom like their points, each joined with its point."""
+    ordered = sorted(lines, key=lambda line: -line.optimality)
+    for place, line in enumerate(ordered):
+        height = 1 - (place + 0.5) / max(len(ordered), 6)
+        axes.annotate(
+            line.algorithm,
+            (line.kl, line.optimality),
+            xytext=(1.02, height),
+            textcoords="axes fraction",
+            fontsize=8,
+            va="center",
+            arrowprops={"arrowstyle": "-", "color": "0.75", "linewidth": 0.6},
+        )
 
 
 def _measure(name: str, task: Task, exact: Outcomes, directory: Path) -> Line:
