@@ -72,10 +72,12 @@ def _faults(directory):
     return {name.removeprefix("faults_"): value for name, value in row.items() if name.startswith("faults_")}
 
 
+@pytest.mark.slow
 def test_the_undisturbed_run_meets_no_fault(undisturbed):
     assert all(count == 0 for count in _faults(undisturbed).values()), _faults(undisturbed)
 
 
+@pytest.mark.slow
 def test_three_deaths_in_one_run_change_nothing(undisturbed, data, tmp_path, plant):
     num_fired = plant("rollout.decode@5=kill", "reward.score@3=kill", "learner.after_update[0]@3=kill")
     directory = tmp_path / "run"
