@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 .PHONY: help demo test faults algorithms lint format types
 
 help:  ## Show these targets
-	@grep -E '^[a-z.]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 10
+	@grep -E '^[a-z.]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
 
 demo: $(STAMP)  ## Train SmolLM2 from human ratings, end to end; about 15 minutes on two cores
 	@$(BIN)/python -m examples.movie_reviews.demo
