@@ -245,3 +245,29 @@ class _Repeats:
 
 def _drawn(epoch: int, table: pa.Table) -> DrawnPrompt:
     return DrawnPrompt(epoch=epoch, prompt_id=table["prompt_id"][0].as_py(), table=table)
+
+
+def fitting(
+    prompts: "PromptsConfig", where: str, *, positions: int | None, max_new_tokens: tuple[int, str]
+) -> "PromptsConfig":
+    """Return the section with a limit under which every prompt and its response fit the policy's positions.
+
+    Args:
+        prompts: the section.
+        where: its place in the configuration.
+        positions: tokens that the policy can attend to; None = any number.
+        max_new_tokens: longest response, and the setting that says so.
+
+    Raises:
+        ValueError: if the section's own limit, or a prompt of one token, leaves no room for the longest response.
+    """
+    if positions is None:
+        positions = sys.maxsize
+    longest, setting = max_new_tokens
+    room = positions - longest
+    if room < (prompts.max_prompt_tokens or 1):
+        raise ValueError(
+            f"{where}.max_prompt_tokens + {setting} must be at most {positions}, the policy's positions, got "
+            f"{prompts.max_prompt_tokens or 1} + {longest}; lower one of them"
+        )
+    return prompts.model_copy(update={"max_prompt_tokens": prompts.max_prompt_tokens or room})

@@ -5,6 +5,7 @@ Callers live on an asyncio loop, many at once; the engine lives on a thread of i
 
 import asyncio
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 import pyarrow as pa
@@ -112,7 +113,14 @@ class RolloutWorker:
             sampling=lease.sampling,
         )
         completions: list[Completion] = await self._thread.ask(Generate(request=request))
-        table = self._rollouts(prompt, lease, completions)
+        table = rollouts_table(
+            prompt,
+            completions,
+            run_id=self._run_id,
+            group_id=lease.group_id,
+            lease_id=lease.lease_id,
+            incarnation=lease.incarnation,
+        )
         num_tokens = sum(len(completion.response_ids) for completion in completions)
         return table, {"num_tokens": num_tokens, "generate_s": time.perf_counter() - start}
 
@@ -171,20 +179,39 @@ class RolloutWorker:
             what = f"version {publication.version} could not be fetched"
             raise RolloutError(f"{what}: {type(error).__name__}: {error}; publish it again") from error
 
-    def _rollouts(self, prompt: pa.Table, lease: Lease, completions: list[Completion]) -> pa.Table:
-        count = len(completions)
-        columns = {name: prompt[name].to_pylist() * count for name in PROMPTS.names}
-        columns |= {
-            "run_id": [self._run_id] * count,
-            "incarnation": [lease.incarnation] * count,
-            "group_id": [lease.group_id] * count,
-            "sample_index": [completion.sample_index for completion in completions],
-            "lease_id": [lease.lease_id] * count,
-            "response_ids": [completion.response_ids for completion in completions],
-            "response_text": [completion.response_text for completion in completions],
-            "logprobs": [completion.logprobs for completion in completions],
-            "policy_versions": [completion.policy_versions for completion in completions],
-            "loss_mask": [[True] * len(completion.response_ids) for completion in completions],
-            "finish_reason": [completion.finish_reason for completion in completions],
-        }
-        return check(pa.table(columns, schema=ROLLOUTS), ROLLOUTS, "rollout worker")
+
+def rollouts_table(
+    prompt: pa.Table,
+    completions: Sequence[Completion],
+    *,
+    run_id: str,
+    group_id: str,
+    lease_id: int = 0,
+    incarnation: int = 0,
+) -> pa.Table:
+    """Return one prompt's samples as ROLLOUTS.
+
+    Args:
+        prompt: PROMPTS, one row.
+        completions: its samples, in the order of the rows.
+        run_id: which run, see `ROLLOUTS`; likewise the rest.
+        group_id: the group they are.
+        lease_id: 0 where nothing is leased.
+        incarnation: of the weights.
+    """
+    count = len(completions)
+    columns = {name: prompt[name].to_pylist() * count for name in PROMPTS.names}
+    columns |= {
+        "run_id": [run_id] * count,
+        "incarnation": [incarnation] * count,
+        "group_id": [group_id] * count,
+        "sample_index": [completion.sample_index for completion in completions],
+        "lease_id": [lease_id] * count,
+        "response_ids": [completion.response_ids for completion in completions],
+        "response_text": [completion.response_text for completion in completions],
+        "logprobs": [completion.logprobs for completion in completions],
+        "policy_versions": [completion.policy_versions for completion in completions],
+        "loss_mask": [[True] * len(completion.response_ids) for completion in completions],
+        "finish_reason": [completion.finish_reason for completion in completions],
+    }
+    return check(pa.table(columns, schema=ROLLOUTS), ROLLOUTS, "rollouts")

@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -15,7 +14,7 @@ import ray
 from actors.cache import cache_directory
 from actors.config import PromptsConfig
 from actors.policy import PromptEncoder, load_tokenizer, max_positions
-from actors.prompts import DrawnPrompt, PromptSource
+from actors.prompts import DrawnPrompt, PromptSource, fitting
 from actors.rollout_worker import RolloutWorker
 from cluster.config import ConfigError, RunConfig
 from cluster.fleet import NotReadyError
@@ -151,14 +150,12 @@ class Session:
     def _fitting(self, prompts: PromptsConfig, where: str) -> PromptsConfig:
         """Return the section with a limit under which every prompt and its response fit the policy's positions."""
         config = self.config
-        positions = max_positions(self._model_dir, trust_remote_code=config.policy.trust_remote_code) or sys.maxsize
-        room = positions - config.rollouts.max_new_tokens
-        if room < 1 or (prompts.max_prompt_tokens or 1) > room:
-            raise ConfigError(
-                f"{where}.max_prompt_tokens + rollouts.max_new_tokens must be at most {positions}, the policy's "
-                f"positions, got {prompts.max_prompt_tokens or 1} + {config.rollouts.max_new_tokens}; lower one of them"
-            )
-        return prompts.model_copy(update={"max_prompt_tokens": prompts.max_prompt_tokens or room})
+        positions = max_positions(self._model_dir, trust_remote_code=config.policy.trust_remote_code)
+        limit = (config.rollouts.max_new_tokens, "rollouts.max_new_tokens")
+        try:
+            return fitting(prompts, where, positions=positions, max_new_tokens=limit)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
 
     def _read_prompts(self) -> PromptSource:
         config, cache = self.config, cache_directory()

@@ -36,12 +36,6 @@ def start_config(policy: PolicyConfig) -> SFTConfig | None:
     return validate(SFTConfig, raw, where=f"{start.config} (policy.start)")
 
 
-def start_directory(sft: SFTConfig) -> str:
-    """Return where a supervised start is kept: named by its settings and its data's content."""
-    key = content_hash(sft.model_dump(mode="json", exclude={"output"}), _content(sft.data))
-    return os.path.join(cache_directory(), "sft", key)
-
-
 def prepare_policy(policy: PolicyConfig, *, seed: int, train: Callable[[SFTConfig], None]) -> str:
     """Return a local model directory; `train` makes the supervised start if it is not cached yet."""
     from actors.policy import materialize
@@ -49,7 +43,9 @@ def prepare_policy(policy: PolicyConfig, *, seed: int, train: Callable[[SFTConfi
     sft = start_config(policy)
     if sft is None:
         return materialize(policy, seed=seed, cache_dir=cache_directory())
-    output = start_directory(sft)
+    # Named by its settings and its data's content.
+    key = content_hash(sft.model_dump(mode="json", exclude={"output"}), _content(sft.data))
+    output = os.path.join(cache_directory(), "sft", key)
     if not os.path.isfile(os.path.join(output, "config.json")):
         train(sft.model_copy(update={"output": output}))
     return output

@@ -23,9 +23,7 @@ from learner.model import PolicyAndValue, Scoring
 from learner.offline_config import DPOConfig
 from learner.offline_data import Pair
 from learner.optimizer import OptimizerEngine
-from learner.training import ROW_TOKENS, microbatches
-
-_CHUNK_TOKENS = 512
+from learner.training import CHUNK_TOKENS, ROW_TOKENS, microbatches
 
 
 def dpo_margin(
@@ -94,7 +92,7 @@ class DirectPreference:
     def loss_sum(self, engine: OptimizerEngine, examples: Sequence[int]) -> torch.Tensor:
         """Return the summed losses of some pairs."""
         row = self._row(examples)
-        logprobs, _, _ = engine.forward(row, Scoring(temperature=1.0, chunk_tokens=_CHUNK_TOKENS))
+        logprobs, _, _ = engine.forward(row, Scoring(temperature=1.0, chunk_tokens=CHUNK_TOKENS))
         chosen, rejected = self._sums(logprobs, row, examples).unbind(1)
         ref_chosen, ref_rejected = self._reference[list(examples)].unbind(1)
         settings = self._settings
@@ -136,7 +134,7 @@ class DirectPreference:
         order = sorted(range(len(self._pairs)), key=self.lengths.__getitem__)
         for part in microbatches(order, self.lengths, max_tokens=self.microbatch_tokens):
             row = self._row(part)
-            logprobs = token_logprobs(self._scorer, row, temperature=1.0, chunk_tokens=_CHUNK_TOKENS)
+            logprobs = token_logprobs(self._scorer, row, temperature=1.0, chunk_tokens=CHUNK_TOKENS)
             found[part] = self._sums(logprobs, row, part)
         return found
 

@@ -14,6 +14,7 @@ from learner.algorithms import estimator_of
 from learner.batch import StepPlan
 from learner.credit import dense_rewards
 from learner.estimators import Advantages, Experience
+from learner.objective import Targets
 from learner.off_policy import importance_weights
 from learner.samples import Sample
 from reward.credit_config import CreditConfig
@@ -31,19 +32,7 @@ class FirstPass:
     """[R] float32 of a moving reference, None where the recorded ones are the reference's."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SampleTargets:
-    """What the loss compares one response's tokens with, all [R] float32."""
-
-    old_logprobs: torch.Tensor
-    old_values: torch.Tensor
-    advantages: torch.Tensor
-    returns: torch.Tensor
-    ref_logprobs: torch.Tensor
-    importance: torch.Tensor
-
-
-def with_first_pass(sample: Sample, first_pass: FirstPass) -> Sample:
+def _with_first_pass(sample: Sample, first_pass: FirstPass) -> Sample:
     """Return the sample with the reference that counts in this step."""
     return sample if first_pass.ref_logprobs is None else replace(sample, ref_logprobs=first_pass.ref_logprobs)
 
@@ -54,14 +43,14 @@ def judge(
     plan: StepPlan,
     algorithm: AlgorithmConfig,
     credit: CreditConfig | None = None,
-) -> tuple[list[SampleTargets], dict[str, float]]:
+) -> tuple[list[Targets], dict[str, float]]:
     """Return each sample's targets, and the metrics that describe them.
 
     Rewards (score, and KL penalty where it is part of them), values with the right end, the algorithm's advantages,
     whitening over all loss tokens of the batch, off-policy weights.
     """
     old = [s.logprobs if p.logprobs is None else p.logprobs for s, p in zip(samples, first_pass, strict=True)]
-    samples = [with_first_pass(s, p) for s, p in zip(samples, first_pass, strict=True)]
+    samples = [_with_first_pass(s, p) for s, p in zip(samples, first_pass, strict=True)]
     experience = _experience(samples, old, [part.values for part in first_pass], plan, algorithm, credit)
     values = experience.values
     estimated = estimator_of(algorithm)(experience, algorithm)
@@ -80,16 +69,18 @@ def judge(
         metrics["reference_kl"] = _reference_kl(samples, old)
     if algorithm.whiten_advantages:
         advantages = [whiten(a, moments.mean, moments.variance) for a in advantages]
+    importance = _importance(samples, old, mask, algorithm)
     targets = [
-        SampleTargets(
+        Targets(
             old_logprobs=o,
             old_values=v[:-1],
             advantages=a,
             returns=r,
             ref_logprobs=torch.zeros_like(o) if s.ref_logprobs is None else s.ref_logprobs,
-            importance=_importance(s, o, algorithm),
+            importance=i,
+            loss_mask=s.loss_mask,
         )
-        for s, o, v, a, r in zip(samples, old, values, advantages, returns, strict=True)
+        for s, o, v, a, r, i in zip(samples, old, values, advantages, returns, importance, strict=True)
     ]
     return targets, metrics
 
@@ -149,18 +140,21 @@ def _credited(
     return dense_rewards(score, sample.token_scores, credit, gamma=algorithm.gamma, is_terminal=ended)
 
 
-def _importance(sample: Sample, old_logprobs: torch.Tensor, algorithm: AlgorithmConfig) -> torch.Tensor:
-    settings = algorithm.off_policy
-    return importance_weights(
-        old_logprobs,
-        sample.logprobs,
-        [old_logprobs.shape[0]],
-        sample.loss_mask,
+def _importance(
+    samples: Sequence[Sample], old: Sequence[torch.Tensor], mask: torch.Tensor, algorithm: AlgorithmConfig
+) -> tuple[torch.Tensor, ...]:
+    settings, lengths = algorithm.off_policy, [row.shape[0] for row in old]
+    weights = importance_weights(
+        torch.cat(list(old)),
+        torch.cat([sample.logprobs for sample in samples]),
+        lengths,
+        mask,
         weight=settings.weight,
         max_weight=settings.max_weight,
         mask=settings.mask,
         mask_range=settings.mask_range,
     )
+    return weights.split(lengths)
 
 
 def _reference_kl(samples: Sequence[Sample], old: Sequence[torch.Tensor]) -> float:

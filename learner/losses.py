@@ -193,20 +193,20 @@ def _ratios(inputs: LossInputs, ratio: Ratio) -> torch.Tensor:
         return _log_ratio(inputs).exp()
     with torch.no_grad():
         terms = torch.where(inputs.loss_mask, inputs.logprobs - inputs.old_logprobs, 0.0)
-        sums = _of_sequences(terms, inputs.lengths)
+        sums = sequence_sums(terms, inputs.lengths)
         if ratio == "sequence_mean":
-            sums = sums / _of_sequences(inputs.loss_mask.to(terms.dtype), inputs.lengths).clamp(min=1)
+            sums = sums / sequence_sums(inputs.loss_mask.to(terms.dtype), inputs.lengths).clamp(min=1)
         fixed = sums.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     return fixed * (inputs.logprobs - inputs.logprobs.detach()).exp()
 
 
 def _shared(loss: torch.Tensor, inputs: LossInputs) -> torch.Tensor:
     """Return losses that add up over a sequence to one token's value; the gradient stays."""
-    counts = _of_sequences(inputs.loss_mask.to(loss.dtype), inputs.lengths).clamp(min=1)
+    counts = sequence_sums(inputs.loss_mask.to(loss.dtype), inputs.lengths).clamp(min=1)
     return loss - loss.detach() * (1 - 1 / counts)
 
 
-def _of_sequences(values: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+def sequence_sums(values: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
     """Return, at each token, the sum over its sequence; [S]."""
     if not lengths:
         return values

@@ -11,12 +11,13 @@ without gradient, and a masked token weighs 0, in a sum whose denominator stays.
     mask sequence, 0.999 to 1.001  0    0    0        the geometric mean decides for all tokens
 """
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
 import torch
 
-from learner.losses import MAX_LOG_RATIO
+from learner.losses import MAX_LOG_RATIO, sequence_sums
 
 
 def importance_weights(
@@ -50,17 +51,20 @@ def importance_weights(
     """
     with torch.no_grad():
         log_ratios = torch.where(loss_mask, old_logprobs - behaviour_logprobs, 0.0)
-        per_sequence = [torch.full_like(row, float(row.sum())) for row in log_ratios.split(list(lengths))]
-        sums = torch.cat(per_sequence) if per_sequence else log_ratios
-        chosen = {"none": torch.zeros_like(sums), "token": log_ratios, "sequence": sums}[weight]
-        weights = chosen.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
-        if weight != "none" and max_weight is not None:
-            weights = weights.clamp(max=max_weight)
+        if weight == "none":
+            weights = torch.ones_like(log_ratios)
+        else:
+            chosen = log_ratios if weight == "token" else sequence_sums(log_ratios, lengths)
+            weights = (
+                chosen.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+                .exp()
+                .clamp(max=math.inf if max_weight is None else max_weight)
+            )
         if mask == "none" or mask_range is None:
             return weights
         if mask == "sequence":
-            counts = [max(int(row.sum()), 1) for row in loss_mask.split(list(lengths))]
-            log_ratios = sums / torch.tensor(counts).repeat_interleave(torch.tensor(list(lengths))).to(sums)
+            counts = sequence_sums(loss_mask.to(log_ratios.dtype), lengths).clamp(min=1)
+            log_ratios = sequence_sums(log_ratios, lengths) / counts
         ratios = log_ratios.exp()
         return torch.where((ratios >= mask_range[0]) & (ratios <= mask_range[1]), weights, 0.0)
 

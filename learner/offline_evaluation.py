@@ -5,19 +5,21 @@ the same worker class that a training run has.  No process is started.
 """
 
 import os
-import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from actors.config import PolicyConfig, PromptsConfig
+from actors.config import PolicyConfig
 from actors.engine import Completion, Request, SamplingParams
 from actors.guidance import ValueGuidance
 from actors.policy import PromptEncoder, eos_ids, load_model, load_tokenizer, max_positions, resolve_dtype
-from actors.prompts import DrawnPrompt, PromptSource
+from actors.prompts import DrawnPrompt, PromptSource, fitting
+from actors.rollout_worker import rollouts_table
 from actors.sampling import group_seed
-from actors.schema import PROMPTS, ROLLOUTS, check, group_id
+from actors.schema import group_id
 from actors.torch_engine import TorchEngine
 from learner.algorithm_config import AlgorithmConfig
 from learner.config import LearnerConfig
@@ -48,7 +50,13 @@ class Evaluation:
         self._policy = policy
         self._device = training_device()
         encoder = PromptEncoder(load_tokenizer(source, trust_remote_code=policy.trust_remote_code))
-        prompts = PromptSource(_fitting(config, policy, source), encoder, seed=config.seed, cache_dir=cache_dir)
+        section = fitting(
+            config.prompts,
+            "evaluation.prompts",
+            positions=max_positions(source, trust_remote_code=policy.trust_remote_code),
+            max_new_tokens=(config.max_new_tokens, "evaluation.max_new_tokens"),
+        )
+        prompts = PromptSource(section, encoder, seed=config.seed, cache_dir=cache_dir)
         self.prompts: list[DrawnPrompt] = prompts.first(config.num_prompts)
         self.quarantined = tuple(prompts.quarantined)
         self._source = source
@@ -133,35 +141,10 @@ def _group(prompt: DrawnPrompt) -> str:
     return group_id(prompt.epoch, prompt.prompt_id)
 
 
-def _fitting(config: "OfflineEvaluationConfig", policy: PolicyConfig, source: str) -> PromptsConfig:
-    """Return the prompts' section with a limit under which prompt and response fit the policy's positions."""
-    positions = max_positions(source, trust_remote_code=policy.trust_remote_code) or sys.maxsize
-    room = positions - config.max_new_tokens
-    longest = config.prompts.max_prompt_tokens
-    if room < (longest or 1):
-        raise ValueError(
-            f"evaluation.prompts.max_prompt_tokens + evaluation.max_new_tokens must be at most {positions}, the "
-            f"policy's positions, got {longest or 1} + {config.max_new_tokens}; lower one of them"
-        )
-    return config.prompts.model_copy(update={"max_prompt_tokens": longest or room})
-
-
 def _rollouts(prompt: DrawnPrompt, completions: list[Completion], *, run_id: str) -> pa.Table:
     """Return one prompt's samples as ROLLOUTS; there is one policy, version 0."""
-    completions = sorted(completions, key=lambda completion: completion.sample_index)
-    count = len(completions)
-    columns = {name: prompt.table[name].to_pylist() * count for name in PROMPTS.names}
-    columns |= {
-        "run_id": [run_id] * count,
-        "incarnation": [0] * count,
-        "group_id": [_group(prompt)] * count,
-        "sample_index": [completion.sample_index for completion in completions],
-        "lease_id": [0] * count,
-        "response_ids": [completion.response_ids for completion in completions],
-        "response_text": [completion.response_text for completion in completions],
-        "logprobs": [completion.logprobs for completion in completions],
-        "policy_versions": [[0] * len(completion.response_ids) for completion in completions],
-        "loss_mask": [[True] * len(completion.response_ids) for completion in completions],
-        "finish_reason": [completion.finish_reason for completion in completions],
-    }
-    return check(pa.table(columns, schema=ROLLOUTS), ROLLOUTS, "offline evaluation")
+    rows = [
+        replace(completion, policy_versions=np.zeros(len(completion.response_ids), dtype=np.int32))
+        for completion in sorted(completions, key=lambda completion: completion.sample_index)
+    ]
+    return rollouts_table(prompt.table, rows, run_id=run_id, group_id=_group(prompt))

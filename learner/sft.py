@@ -21,6 +21,7 @@ from learner.config import SFTConfig
 from learner.model import PolicyAndValue, Scoring
 from learner.optimizer import OptimizerEngine, make_engine
 from learner.training import (
+    CHUNK_TOKENS,
     ROW_TOKENS,
     SETTINGS_FILE,
     Progress,
@@ -31,8 +32,6 @@ from learner.training import (
     training_device,
     write_settings,
 )
-
-_CHUNK_TOKENS = 512
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,7 +142,7 @@ class NextToken:
         chosen = [self._examples[index] for index in examples]
         groups = [PromptGroup(prompt_ids=e.prompt_ids, responses=[e.response_ids]) for e in chosen]
         row = self._scorer.row(groups).to(self._device)
-        logprobs, _, _ = engine.forward(row, Scoring(temperature=1.0, chunk_tokens=_CHUNK_TOKENS))
+        logprobs, _, _ = engine.forward(row, Scoring(temperature=1.0, chunk_tokens=CHUNK_TOKENS))
         is_trained = torch.tensor([flag for e in chosen for flag in e.is_trained], device=self._device)
         return -logprobs[is_trained].sum()
 

@@ -28,6 +28,8 @@ Example = TypeVar("Example")
 
 SETTINGS_FILE = "training.yaml"
 JOURNAL_FILE = "metrics.jsonl"
+CHUNK_TOKENS = 512
+"""Response tokens of a decoder whose logits exist at one time."""
 ROW_TOKENS = 512
 """Trunk tokens in one forward-backward of a decoder: attention in a shared row costs its square."""
 _BATCHES_SORTED_TOGETHER = 16

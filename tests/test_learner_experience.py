@@ -17,7 +17,8 @@ from learner.algorithm_config import AlgorithmConfig
 from learner.batch import StepPlan
 from learner.config import LearnerConfig
 from learner.controller import StepController
-from learner.experience import FirstPass, SampleTargets, judge
+from learner.experience import FirstPass, judge
+from learner.objective import Targets
 from learner.samples import Sample
 from reward.config import ComponentConfig, RewardConfig
 from reward.schema import SAMPLES
@@ -73,7 +74,7 @@ def without_values(samples: Sequence[Sample]) -> list[FirstPass]:
     return [FirstPass(values=torch.zeros(len(sample.logprobs) + 1)) for sample in samples]
 
 
-def own_advantages(targets: Sequence[SampleTargets]) -> list[float]:
+def own_advantages(targets: Sequence[Targets]) -> list[float]:
     """Of the policy's own tokens."""
     return [a for t, mask in zip(targets, MASKS, strict=True) for a in t.advantages[torch.tensor(mask)].tolist()]
 
