@@ -2,8 +2,9 @@
 
 Commands are applied between two decoding steps, and groups that are in flight together are decoded together.
 
-A worked example: groups a, b, an update to version 4, and group c arrive in this order.  a and b are decoded with
-version 3 until both are done, then the weights change, then c starts with version 4.
+A worked example: groups a, b, an update to version 4, and group c arrive in this order.  With updates of mode drain, a
+and b are decoded with version 3 until both are done, then the weights change, then c starts with version 4.  With keep
+and reprefill the weights change before the next decoding step, and the rest of a and b is of version 4.
 """
 
 import asyncio
@@ -15,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from actors.engine import Completion, Engine, Request
+from actors.engine import Completion, Engine, Request, UpdateMode
 from actors.faults import fault
 from actors.weights import InProcessTransport, Publication, receive
 
@@ -58,9 +59,11 @@ class Abort:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Update:
-    """Take new weights once the groups before it are done; `publication`'s handles are the buffers themselves."""
+    """Take new weights; `publication`'s handles are the buffers themselves."""
 
     publication: Publication
+    mode: UpdateMode
+    """What becomes of the groups before it: see `Engine.begin_update`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,8 +152,8 @@ class EngineThread:
             self._take_commands(block=not self._engine.has_work and not self._waiting)
             while self._waiting and not self._closed.is_set():
                 command, reply = self._waiting[0]
-                if isinstance(command, Update) and self._engine.has_work:
-                    break  # drain: live groups finish with the version they began with
+                if isinstance(command, Update) and command.mode == "drain" and self._engine.has_work:
+                    break  # live groups finish with the version they began with
                 self._waiting.popleft()
                 self._apply_safely(command, reply)
             self._step_safely()
@@ -182,8 +185,8 @@ class EngineThread:
                 if request_id in self._pending and self._pending[request_id].reply is reply:
                     del self._pending[request_id]
                     self._engine.abort([request_id])
-            case Update(publication=publication):
-                receive(publication, InProcessTransport(), self._engine)
+            case Update(publication=publication, mode=mode):
+                receive(publication, InProcessTransport(), self._engine, mode=mode)
                 reply.succeed(None)
             case Stats():
                 reply.succeed(self._engine.stats())

@@ -78,13 +78,17 @@ class PromptSource:
     def position(self) -> dict[str, Any]:
         """Where the next draw continues, as a small JSON-able record for `seek`."""
         return {
-            "epoch": self._epoch,
-            "row": self._row,
+            **self.place,
             "num_good": self._num_good,
             "num_quarantined": self._num_counted,
             "quarantined": self._quarantine.record(),
             "source": self._identity,
         }
+
+    @property
+    def place(self) -> dict[str, int]:
+        """The part of `position` that finds the next prompt."""
+        return {"epoch": self._epoch, "row": self._row}
 
     def seek(self, position: dict[str, Any]) -> None:
         """Continue exactly where `position` was taken.

@@ -12,9 +12,10 @@ import pyarrow as pa
 import torch
 
 from actors.config import PolicyConfig, RolloutsConfig
-from actors.engine import Completion, Request, SamplingParams
+from actors.engine import Completion, Request, SamplingParams, UpdateMode
 from actors.engine_thread import Close, EngineThread, Generate, RolloutError, Stats, Update
 from actors.faults import fault
+from actors.memory import resident_bytes
 from actors.policy import eos_ids, load_model, load_tokenizer, resolve_dtype
 from actors.sampling import group_seed
 from actors.schema import PROMPTS, ROLLOUTS, check
@@ -51,6 +52,7 @@ class RolloutWorker:
         num_threads: of torch; 0 = leave as it is.
         fetch_timeout_s: longest wait for published weights; shorter than the caller's own patience, so that a learner
             which went away is told from a worker which hangs.
+        update_mode: what becomes of unfinished samples when weights change.
         stall_s: longest time between two turns of a busy engine before `ping` says that it hangs; 0 = any.
     """
 
@@ -67,6 +69,7 @@ class RolloutWorker:
         num_threads: int,
         fetch_timeout_s: float = 600.0,
         stall_s: float = 0.0,
+        update_mode: UpdateMode = "drain",
     ) -> None:
         if num_threads > 0:
             torch.set_num_threads(num_threads)
@@ -84,6 +87,7 @@ class RolloutWorker:
         self._transport = transport
         self._fetch_timeout_s = fetch_timeout_s
         self._stall_s = stall_s
+        self._update_mode = update_mode
         self._thread = EngineThread(engine)
 
     async def generate(self, prompt: pa.Table, lease: Lease) -> tuple[pa.Table, dict[str, float]]:
@@ -94,7 +98,8 @@ class RolloutWorker:
             lease: what to generate for it.
 
         Returns:
-            ROLLOUTS, one row per sample, and small numbers: `num_tokens`, `generate_s` (waiting for rows included).
+            ROLLOUTS, one row per sample, and small numbers: `num_tokens`, `num_bytes` of the table, `generate_s` (waiting
+            for rows included).
 
         Raises:
             ValueError: if the prompt can never be served.
@@ -122,17 +127,18 @@ class RolloutWorker:
             incarnation=lease.incarnation,
         )
         num_tokens = sum(len(completion.response_ids) for completion in completions)
-        return table, {"num_tokens": num_tokens, "generate_s": time.perf_counter() - start}
+        numbers = {"num_tokens": num_tokens, "num_bytes": table.nbytes, "generate_s": time.perf_counter() - start}
+        return table, numbers
 
     async def update_weights(self, publication: Publication) -> float:
-        """Take a published version once the groups in flight are done; return the seconds it took.
+        """Take a published version, fetched while the engine decodes on; return the seconds it took.
 
         Raises:
             WeightError: if what came is not what was announced or expected.
             RolloutError: if it could not be fetched in time.
         """
         start = time.perf_counter()
-        await self._thread.ask(Update(publication=await self._fetch(publication)))
+        await self._thread.ask(Update(publication=await self._fetch(publication), mode=self._update_mode))
         return time.perf_counter() - start
 
     async def ping(self) -> int:
@@ -150,10 +156,10 @@ class RolloutWorker:
         return self._thread.version
 
     async def stats(self) -> dict[str, float]:
-        """Return the engine's counters."""
+        """Return the engine's counters, and this process's `resident_bytes`."""
         counters = asdict(await self._thread.ask(Stats()))
         extra: dict[str, float] = counters.pop("extra")
-        return {**counters, **extra}
+        return {"resident_bytes": float(resident_bytes()), **counters, **extra}
 
     async def close(self) -> None:
         """End the engine thread; calls still waiting fail.  A second call does nothing."""

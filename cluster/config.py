@@ -35,11 +35,34 @@ class RunSection(Config):
     """Checkpoints kept; older ones are deleted."""
 
 
+class WeightsConfig(Config):
+    """How new weights get from the learner to the rollout workers."""
+
+    transport: Literal["object_store", "process_group"] = "object_store"
+    """object_store: each worker takes them from Ray's store, a whole copy on each node, while it generates on;
+    process_group: one broadcast to all workers, bucket by bucket, which stop generating meanwhile."""
+    bucket_bytes: int = Field(default=32 * 2**20, ge=2**10)
+    """Tensors are gathered and sent in runs of about this size; one larger tensor is a bucket of its own."""
+    timeout_s: float = Field(default=60.0, gt=0)
+    """Longest time that one bucket's broadcast may hold the learner, seconds; workers that are later take the weights
+    from the object store."""
+    delta: bool = False
+    """Send the elements that changed only, exact to the bit: for half precision over slow links."""
+
+
 class PipelineConfig(Config):
     """How stages overlap."""
 
-    max_staleness: Literal[0] = 0
-    """Policy versions between sampling and learning; 0 = exactly on-policy."""
+    max_staleness: int = Field(default=0, ge=0)
+    """Policy versions between sampling and learning, of a sample's oldest token; 0 = exactly on-policy, and generation
+    and learning take turns; from 1 on they run at the same time."""
+    in_flight_updates: Literal["keep", "reprefill", "drain"] | None = None
+    """What becomes of unfinished samples when new weights arrive: they go on with the keys and values they have, with
+    new ones, or finish with the old weights first; null = keep. With max_staleness 0 there are none."""
+    max_buffer_bytes: int = Field(default=2**30, ge=2**10)
+    """Rollouts that are generated and not yet learnt from, bytes: above it only the next step's groups are started."""
+    weights: WeightsConfig = WeightsConfig()
+    """Sending weights."""
     timeout_s: float = Field(default=1800.0, gt=0)
     """Longest wait for any one remote call, seconds; a process that is later is ended and replaced."""
     heartbeat_s: float = Field(default=60.0, gt=0)
@@ -51,6 +74,22 @@ class PipelineConfig(Config):
     """Failures of the machinery that one group may meet before the run ends."""
     max_quarantined: int = Field(default=100, ge=0)
     """Groups that may fail through their own fault, in the whole run, before it ends."""
+
+    @model_validator(mode="after")
+    def _nothing_is_in_flight_on_policy(self) -> "PipelineConfig":
+        if self.max_staleness == 0 and self.in_flight_updates is not None:
+            raise ValueError(
+                f"in_flight_updates must be left out with max_staleness 0, got {self.in_flight_updates}: no sample is "
+                "in flight when weights change; raise max_staleness"
+            )
+        return self
+
+    @property
+    def update_mode(self) -> Literal["keep", "reprefill", "drain"]:
+        """What becomes of unfinished samples when new weights arrive."""
+        if self.max_staleness == 0:
+            return "drain"  # what is in flight after a failure ends with the weights it began with, to the last bit
+        return self.in_flight_updates or "keep"
 
 
 class PlacementConfig(Config):

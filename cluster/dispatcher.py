@@ -11,13 +11,15 @@ thrown away and counted, so no result is taken twice.
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
+from cluster.calls import Calls, Heartbeats, Pending
 from cluster.fleet import Fleet, FleetConfig, FleetError, Member, MemberState, NotReadyError
 from cluster.ledger import GroupState, Ledger
+from cluster.limits import Limits
 from cluster.messages import Call, Command, Failure, FailureKind, Kill, Lease, Role, Start, Verb, Weights, WorkerId
 from cluster.rounds import Group, Queue, Round
+from cluster.usage import FleetUsage
 
 _FIRST_RETRY_S = 0.5
 
@@ -31,27 +33,6 @@ class RetriesError(RuntimeError):
 
 class DataError(RuntimeError):
     """More groups than allowed failed through their own fault; the message names the last one and the remedy."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """When the dispatcher loses patience."""
-
-    timeout_s: float
-    """Longest wait for one call, seconds."""
-    heartbeat_s: float
-    """A rollout worker that generates is asked after half of this time, and must answer within it, seconds."""
-    max_retries: int
-    """Failures of the machinery one group may meet."""
-    max_quarantined: int
-    """Groups a run may lose through their own fault."""
-
-
-@dataclass(slots=True, kw_only=True)
-class _Pending:
-    call: Call
-    group: Group | None
-    deadline: float
 
 
 class Dispatcher:
@@ -74,7 +55,8 @@ class Dispatcher:
         self._rounds: dict[Any, Round] = {}
         self._waiting = Queue()
         self._generated = Queue()
-        self._calls: dict[int, _Pending] = {}
+        self._calls = Calls()
+        self._heartbeats = Heartbeats(limits.heartbeat_s / 2)
         self._commands: list[Command] = []
         self._notes: list[str] = []
         self._counters: Counter[str] = Counter()
@@ -82,6 +64,10 @@ class Dispatcher:
         self._num_groups = 0
         self._target: Weights | None = None
         self._publication: Any = None
+        self._largest_group = 0
+        self.usage = FleetUsage(self.fleets)
+        self.stats: dict[WorkerId, dict[str, float]] = {}
+        """What each process said of itself last."""
 
     @property
     def counters(self) -> dict[str, int]:
@@ -94,8 +80,26 @@ class Dispatcher:
     @property
     def is_ready(self) -> bool:
         """Whether every worker is up, or given up while others of its role are there."""
-        members = [member for fleet in self.fleets.values() for member in fleet.members]
-        return all(member.state in (MemberState.UP, MemberState.GIVEN_UP) for member in members)
+        return all(fleet.is_ready for fleet in self.fleets.values())
+
+    @property
+    def depths(self) -> dict[str, float]:
+        """Return where the groups of all rounds are, and how many bytes of rollouts wait for their batch."""
+        rounds = self._rounds.values()
+        return {
+            "queue_waiting": float(len(self._waiting)),
+            "queue_generating": float(self._calls.num(Verb.GENERATE)),
+            "queue_unjudged": float(len(self._generated)),
+            "queue_ready": float(sum(len(round_.finished) for round_ in rounds)),
+            "buffer_bytes": float(sum(round_.num_bytes for round_ in rounds)),
+        }
+
+    def ask_stats(self, now: float) -> None:
+        """Ask every worker that is up for its counters, unless it still owes them."""
+        for fleet in self.fleets.values():
+            for member in fleet.members:
+                if member.state is MemberState.UP and not self._calls.owes(member.worker, Verb.STATS):
+                    self._call(member.worker, Verb.STATS, None, now)
 
     def publish(self, weights: Weights, publication: Any, now: float) -> None:
         """Make a publication the one that every group is generated with from now on."""
@@ -104,13 +108,13 @@ class Dispatcher:
             member.load_failure = ""
         self._dispatch(now)
 
-    def admit(self, round_id: Any, groups: Mapping[str, Any], ledger: Ledger, now: float) -> None:
-        """Take groups (id -> work) into a round, which begins with its first ones."""
-        round_ = self._rounds.setdefault(round_id, Round())
+    def admit(self, round_id: Any, groups: Mapping[str, Any], ledger: Ledger, now: float, *, rank: int = 0) -> None:
+        """Take groups (id -> work) into a round, which begins with its first ones; see `Round.rank`."""
+        round_ = self._rounds.setdefault(round_id, Round(rank=rank))
         for group_id, work in groups.items():
-            ledger.accept(group_id)
+            ledger.accept(group_id, step=rank or None)
             round_.num_open += 1
-            group = Group(group_id=group_id, order=self._num_groups, work=work, round=round_, ledger=ledger)
+            group = Group(group_id=group_id, order=(rank, self._num_groups), work=work, round=round_, ledger=ledger)
             self._num_groups += 1
             self._waiting.add(group)
         self._dispatch(now)
@@ -126,7 +130,7 @@ class Dispatcher:
 
     def replied(self, call_id: int, answer: Any, now: float) -> None:
         """Take an answer: a value or a `Failure`."""
-        pending = self._calls.pop(call_id, None)
+        pending = self._calls.pop(call_id)
         if pending is None:
             self._counters["num_fenced"] += not isinstance(answer, Failure)
         elif isinstance(answer, Failure):
@@ -137,11 +141,7 @@ class Dispatcher:
 
     def tick(self, now: float) -> None:
         """Look at the clock: deadlines, backoffs, heartbeats."""
-        late: dict[WorkerId, Verb] = {}
-        for pending in self._calls.values():
-            if pending.deadline <= now:
-                late.setdefault(pending.call.worker, pending.call.verb)
-        for worker, verb in late.items():
+        for worker, verb in self._calls.late(now).items():
             self._counters["num_deadlines"] += 1
             if verb is Verb.READY and worker.life == 0:
                 timeout_s = self.fleets[worker.role].config.ready_timeout_s
@@ -166,15 +166,14 @@ class Dispatcher:
     def _wakeups(self) -> Iterator[float]:
         if self.error is not None:
             return
-        yield from (pending.deadline for pending in self._calls.values())
+        yield from (at for at in (self._calls.next_deadline(), self._heartbeats.next()) if at is not None)
         yield from self._waiting.wakeups()
         for fleet in self.fleets.values():
             yield from fleet.wakeups()
-        yield from (self._ping_at(member) for member in self._silent())
 
     # What an answer changes.
 
-    def _succeeded(self, pending: _Pending, answer: Any, now: float) -> None:
+    def _succeeded(self, pending: Pending, answer: Any, now: float) -> None:
         call, group = pending.call, pending.group
         fleet = self.fleets[call.worker.role]
         member = fleet.member(call.worker)
@@ -185,6 +184,10 @@ class Dispatcher:
         elif call.verb is Verb.LOAD:
             member.weights, member.loading = member.loading, None
             member.num_sick = 0
+        elif call.verb is Verb.STATS:
+            self.stats[call.worker] = answer
+        elif call.verb is Verb.PING:
+            self._watch(member)
         if group is None:
             return
         member.num_groups -= 1
@@ -192,7 +195,9 @@ class Dispatcher:
         assert group.lease is not None, f"{group.group_id} has been leased"
         if call.verb is Verb.GENERATE:
             group.ledger.generated(group.group_id, group.lease.lease_id)
-            group.rollouts = answer
+            group.rollouts, group.num_bytes = answer, _num_bytes(answer)
+            group.round.num_bytes += group.num_bytes
+            self._largest_group = max(self._largest_group, group.num_bytes)
             group.round.last_generated_at = now
             self._generated.add(group)
         else:
@@ -202,13 +207,13 @@ class Dispatcher:
             group.round.last_finished_at = now
             group.round.num_open -= 1
 
-    def _failed(self, pending: _Pending, failure: Failure, now: float) -> None:
+    def _failed(self, pending: Pending, failure: Failure, now: float) -> None:
         call, group = pending.call, pending.group
         member = self.fleets[call.worker.role].member(call.worker)
         assert member is not None, f"{call.worker} has calls in flight"
         if failure.kind is FailureKind.DIED or call.verb in (Verb.READY, Verb.PING):
             if group is not None:
-                self._calls[call.call_id] = pending  # lost together with the worker's other calls
+                self._calls.add(pending)  # lost together with the worker's other calls
             self._lose(call.worker, failure.text, now)
             self._stop_if_unstartable(call, failure)
         elif call.verb is Verb.LOAD:
@@ -247,8 +252,8 @@ class Dispatcher:
         Once is no proof: the learner that published may have died since.  The worker waits for the next publication.
         """
         fleet = self.fleets[Role.ROLLOUT]
-        failed = [member for member in fleet.members if member.load_failure]
-        if any(member.weights == self._target for member in fleet.members if member.state is MemberState.UP):
+        failed = fleet.failed_loads()
+        if failed and any(member.weights == self._target for member in fleet.members if member.state is MemberState.UP):
             for member in failed:
                 self._lose_if_sick(member, member.load_failure, now)
         elif failed and not any(member.loading == self._target for member in fleet.members):
@@ -262,9 +267,10 @@ class Dispatcher:
             return
         self._commands.append(Kill(worker=worker))
         self._notes.append(fleet.died(member, cause, now))
-        lost = [pending for pending in self._calls.values() if pending.call.worker == worker]
+        self.stats.pop(worker, None)
+        lost = self._calls.of(worker)
         for pending in lost:
-            del self._calls[pending.call.call_id]
+            self._calls.pop(pending.call.call_id)
         for pending in lost:
             if pending.group is not None:
                 self._again(pending.group, f"{worker}: {cause}", now, backoff=False)
@@ -282,7 +288,7 @@ class Dispatcher:
             )
             self._stop(error)
         if backoff:  # what it was given may be what failed, so nothing of the attempt is kept
-            group.rollouts = None
+            _discard_rollouts(group)
             self._waiting.rest(group, until=now + _FIRST_RETRY_S * 2.0 ** (group.num_retries - 1))
         else:
             self._requeue(group)
@@ -296,6 +302,7 @@ class Dispatcher:
             return
         reason = f"{verb}: {text}"
         group.ledger.end(group.group_id, GroupState.QUARANTINED, reason)
+        _discard_rollouts(group)
         group.round.quarantined[group.group_id] = reason
         group.round.num_open -= 1
         self._notes.append(f"group {group.group_id} is quarantined: {reason}")
@@ -329,16 +336,28 @@ class Dispatcher:
         while self._generated and (judge := rewards.pick(None)) is not None:
             group = self._generated.pop()
             self._send(judge, Verb.SCORE, group, group.rollouts, now)
-        for member in self._silent():
-            if self._ping_at(member) <= now:
-                self._call(member.worker, Verb.PING, None, now, timeout_s=self._limits.heartbeat_s)
+        members = self.fleets[Role.ROLLOUT].members
+        for slot in self._heartbeats.due(now, self._heard_at):
+            self._call(members[slot].worker, Verb.PING, None, now, timeout_s=self._limits.heartbeat_s)
+        self.usage.observe(self._target, is_held_back=self._is_held_back(), now=now)
+
+    def _is_held_back(self) -> bool:
+        """Whether the group whose turn it is must wait until the learner has taken rollouts out of the buffer.
+
+        What is being generated is counted with the size of the largest group so far.  The first open step's groups are
+        never held back, so that its batch gets whole.
+        """
+        if not len(self._waiting) or self._waiting.first.round.rank <= min(r.rank for r in self._rounds.values()):
+            return False
+        buffered = sum(round_.num_bytes for round_ in self._rounds.values())
+        return buffered + (self._calls.num(Verb.GENERATE) + 1) * self._largest_group > self._limits.max_buffer_bytes
 
     def _load_and_generate(self, target: Weights, now: float) -> None:
         rollouts = self.fleets[Role.ROLLOUT]
         for member in rollouts.outdated(target):
             member.loading = target
             self._call(member.worker, Verb.LOAD, self._publication, now)
-        while self._waiting and (free := rollouts.pick(target)) is not None:
+        while self._waiting and not self._is_held_back() and (free := rollouts.pick(target)) is not None:
             self._generate(self._waiting.pop(), free, target, now)
 
     def _generate(self, group: Group, member: Member, target: Weights, now: float) -> None:
@@ -354,6 +373,7 @@ class Dispatcher:
         if member.num_groups == 0:
             member.heard_at = now  # an idle worker owes no answer
         member.num_groups += 1
+        self._watch(member)
         self._call(member.worker, verb, payload, now, group=group)
 
     def _call(
@@ -370,14 +390,26 @@ class Dispatcher:
         lease = group.lease if group is not None else None
         call = Call(call_id=self._num_calls, worker=worker, verb=verb, payload=payload, lease=lease)
         deadline = now + (self._limits.timeout_s if timeout_s is None else timeout_s)
-        self._calls[call.call_id] = _Pending(call=call, group=group, deadline=deadline)
+        self._calls.add(Pending(call=call, group=group, deadline=deadline))
         self._commands.append(call)
 
-    def _ping_at(self, member: Member) -> float:
-        return member.heard_at + self._limits.heartbeat_s / 2
+    def _watch(self, member: Member) -> None:
+        """Expect signs of life of a rollout worker while it generates."""
+        if member.worker.role is Role.ROLLOUT and member.num_groups:
+            self._heartbeats.watch(member.worker.slot, member.heard_at)
 
-    def _silent(self) -> list[Member]:
-        """Return the rollout workers that generate and have no ping in flight."""
-        pinged = {pending.call.worker for pending in self._calls.values() if pending.call.verb is Verb.PING}
-        members = self.fleets[Role.ROLLOUT].members
-        return [member for member in members if member.num_groups and member.worker not in pinged]
+    def _heard_at(self, slot: int) -> float | None:
+        """Return when a rollout worker was heard of; None where it does not generate, or is being asked."""
+        member = self.fleets[Role.ROLLOUT].members[slot]
+        is_asked = self._calls.owes(member.worker, Verb.PING)
+        return member.heard_at if member.num_groups and not is_asked else None
+
+
+def _num_bytes(answer: Any) -> int:
+    """Return the size of what GENERATE answered, 0 where the worker does not say."""
+    return int(answer[1].get("num_bytes", 0)) if isinstance(answer, tuple) else 0
+
+
+def _discard_rollouts(group: Group) -> None:
+    group.round.num_bytes -= group.num_bytes
+    group.rollouts, group.num_bytes = None, 0

@@ -1,15 +1,23 @@
 """The workers of one role: who is up, with which weights, who is started again and when a place is given up.
 
 Pure: told what happened and when, it decides; no process, no clock.
+
+Asked after every answer, so nothing here looks at all members each time: a member notes in its fleet's books that it
+has changed, and a question is answered from lists that are brought up to date where something has changed.
 """
 
+import heapq
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 from cluster.messages import Role, Weights, WorkerId
 
 _LONGEST_BACKOFF_S = 30.0
+
+_NOTED = frozenset({"state", "weights", "loading", "load_failure", "num_groups"})
+"""What decides on which of its fleet's lists a member is."""
 
 
 class FleetError(RuntimeError):
@@ -46,6 +54,8 @@ class Member:
     """One slot of a fleet and its present process."""
 
     worker: WorkerId
+    changed: set[int] = field(default_factory=set, repr=False, compare=False)
+    """Its fleet's: slots that are to be looked at again."""
     state: MemberState = MemberState.DOWN
     weights: Weights | None = None
     """What the process samples from."""
@@ -64,6 +74,52 @@ class Member:
     heard_at: float = 0.0
     """When it last answered."""
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
+        if name in _NOTED:
+            self.changed.add(self.worker.slot)
+
+
+class _Free:
+    """Members that sample from the same weights and can take a group, the least busy one first.
+
+    A heap of (groups in flight, slot) in which an entry may be out of date; it is left out when its turn comes.
+
+    Example: slots 0 and 1 with one group each: (1, 0), (1, 1).  Slot 0 takes another: (1, 0), (1, 1), (2, 0), of which
+    the first is out of date, so slot 1 is next.
+    """
+
+    def __init__(self, weights: Weights | None) -> None:
+        self.weights = weights
+        self._heap: list[tuple[int, int]] = []
+        self._entries: set[tuple[int, int]] = set()
+
+    def holds(self, member: Member, capacity: int) -> bool:
+        """Whether a member can take a group now."""
+        return (
+            member.state is MemberState.UP
+            and member.loading is None
+            and member.num_groups < capacity
+            and (self.weights is None or member.weights == self.weights)
+        )
+
+    def add(self, member: Member) -> None:
+        """Note how busy a member is."""
+        entry = (member.num_groups, member.worker.slot)
+        if entry not in self._entries:  # so that there are at most capacity times slots
+            self._entries.add(entry)
+            heapq.heappush(self._heap, entry)
+
+    def first(self, members: list[Member], capacity: int) -> Member | None:
+        """Return the least busy member, of several the one in the lowest slot."""
+        while self._heap:
+            num_groups, slot = self._heap[0]
+            member = members[slot]
+            if member.num_groups == num_groups and self.holds(member, capacity):
+                return member
+            self._entries.discard(heapq.heappop(self._heap))
+        return None
+
 
 class Fleet:
     """Members of one role.
@@ -77,8 +133,17 @@ class Fleet:
         self.config = config
         self.num_restarts = 0
         self.num_given_up = 0
-        self.members = [Member(worker=WorkerId(role=role, slot=slot, life=0)) for slot in range(config.count)]
+        self._changed: set[int] = set()
+        slots = range(config.count)
+        self.members = [Member(worker=WorkerId(role=role, slot=s, life=0), changed=self._changed) for s in slots]
         self._last_cause = ""
+        self._unseen = set(slots)
+        self._down: set[int] = set()
+        self._starting: set[int] = set()
+        self._failed_loads: set[int] = set()
+        self._target: Weights | None = None
+        self._outdated: set[int] = set()
+        self._free = _Free(None)
 
     def member(self, worker: WorkerId) -> Member | None:
         """Return the slot whose present process this is, None when the process has been replaced or given up."""
@@ -87,7 +152,10 @@ class Fleet:
 
     def start(self, now: float) -> list[WorkerId]:
         """Begin a life in every slot that is down and whose backoff is over."""
-        started = [member for member in self.members if member.state is MemberState.DOWN and member.start_at <= now]
+        self._look()
+        if not self._down:
+            return []
+        started = [member for member in self._in_order(self._down) if member.start_at <= now]
         for member in started:
             member.state = MemberState.STARTING
         return [member.worker for member in started]
@@ -105,34 +173,44 @@ class Fleet:
     def died(self, member: Member, cause: str, now: float) -> str:
         """Say that a process is gone; its slot waits for the next life, or is given up: return which, in one line."""
         self._last_cause = f"{member.worker}: {cause}"
-        failures = member.num_failures + 1
-        life = WorkerId(role=self.role, slot=member.worker.slot, life=member.worker.life + 1)
-        slot = self.members.index(member)
+        failures, slot = member.num_failures + 1, member.worker.slot
+        life = WorkerId(role=self.role, slot=slot, life=member.worker.life + 1)
         if failures > self.config.max_restarts:
-            self.members[slot] = Member(worker=member.worker, state=MemberState.GIVEN_UP)  # nothing is in flight there
+            gone = Member(worker=member.worker, changed=self._changed, state=MemberState.GIVEN_UP)
+            self.members[slot] = gone  # nothing is in flight there
             self.num_given_up += 1
             return f"{self._last_cause}; its place is given up after {failures} failures in a row"
         self.num_restarts += 1
         backoff = 0.0 if failures == 1 else min(_LONGEST_BACKOFF_S, 0.5 * 2.0 ** (failures - 2))
-        self.members[slot] = Member(worker=life, num_failures=failures, start_at=now + backoff)
+        self.members[slot] = Member(worker=life, changed=self._changed, num_failures=failures, start_at=now + backoff)
         return f"{self._last_cause}; {life} takes its place (failure {failures}, {self.config.max_restarts} allowed)"
 
     def pick(self, weights: Weights | None) -> Member | None:
         """Return the least busy worker that can take a group now; `weights` None = any."""
-        free = [
-            member
-            for member in self.members
-            if member.state is MemberState.UP
-            and member.loading is None
-            and member.num_groups < self.config.capacity
-            and (weights is None or member.weights == weights)
-        ]
-        return min(free, key=lambda member: member.num_groups, default=None)
+        self._look()
+        if self._free.weights != weights:
+            self._free = _Free(weights)
+            self._list_free(self.members)
+        return self._free.first(self.members, self.config.capacity)
 
     def outdated(self, target: Weights) -> list[Member]:
         """Return the workers that sample from other weights than the target, and may load it now."""
-        up = (member for member in self.members if member.state is MemberState.UP and member.loading is None)
-        return [member for member in up if member.weights != target and not member.load_failure]
+        self._look()
+        if self._target != target:
+            self._target = target
+            self._list_outdated(self.members)
+        return self._in_order(self._outdated)
+
+    def failed_loads(self) -> list[Member]:
+        """Return the workers that could not take on the newest weights."""
+        self._look()
+        return self._in_order(self._failed_loads)
+
+    def take_changed(self) -> list[Member]:
+        """Return the members that may do something else than at the last call: all of them at the first."""
+        self._look()
+        unseen, self._unseen = self._unseen, set()
+        return self._in_order(unseen)
 
     def has_healthy(self) -> bool:
         """Whether a worker is up whose last work did not fail."""
@@ -140,12 +218,19 @@ class Fleet:
 
     def wakeups(self) -> Iterator[float]:
         """Yield the times at which a slot may be started."""
-        return (member.start_at for member in self.members if member.state is MemberState.DOWN)
+        self._look()
+        return (self.members[slot].start_at for slot in self._down)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether every worker is up or given up."""
+        self._look()
+        return not self._down and not self._starting
 
     @property
     def is_empty(self) -> bool:
         """Whether every slot is given up."""
-        return all(member.state is MemberState.GIVEN_UP for member in self.members)
+        return self.num_given_up == self.config.count
 
     def exhausted(self) -> FleetError:
         """Return the error that says why nobody is left."""
@@ -154,3 +239,38 @@ class Fleet:
             f"{self.config.max_restarts} times without finishing a group in between; the last was {self._last_cause}; "
             "mend the cause and resume, or raise pipeline.max_restarts"
         )
+
+    def _look(self) -> None:
+        """Bring the lists up to date."""
+        if not self._changed:
+            return
+        changed = [self.members[slot] for slot in self._changed]
+        self._unseen |= self._changed
+        self._changed.clear()
+        for member in changed:
+            slot = member.worker.slot
+            _put(self._down, slot, member.state is MemberState.DOWN)
+            _put(self._starting, slot, member.state is MemberState.STARTING)
+            _put(self._failed_loads, slot, bool(member.load_failure))
+        self._list_outdated(changed)
+        self._list_free(changed)
+
+    def _list_outdated(self, members: list[Member]) -> None:
+        for member in members:
+            may_load = member.state is MemberState.UP and member.loading is None and not member.load_failure
+            _put(self._outdated, member.worker.slot, may_load and member.weights != self._target)
+
+    def _list_free(self, members: list[Member]) -> None:
+        for member in members:
+            if self._free.holds(member, self.config.capacity):
+                self._free.add(member)
+
+    def _in_order(self, slots: set[int]) -> list[Member]:
+        return [self.members[slot] for slot in sorted(slots)] if slots else []
+
+
+def _put(slots: set[int], slot: int, is_in: bool) -> None:
+    if is_in:
+        slots.add(slot)
+    else:
+        slots.discard(slot)

@@ -10,9 +10,10 @@ simply accepted again.  Every transition is recorded for `ledger_store.py`, whic
 """
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Any
+from typing import Any, Protocol
 
 
 class GroupState(StrEnum):
@@ -54,7 +55,7 @@ class Transition:
     version: int | None
     incarnation: int | None
     step: int | None
-    """The step that the group was batched for, or left out of."""
+    """The step that the group is wanted for."""
     reason: str | None
     """Why the group was dropped or quarantined."""
 
@@ -75,12 +76,12 @@ class Ledger:
         self._num_leases = 0
         self._transitions: list[Transition] = []
 
-    def accept(self, group_id: str) -> None:
-        """Take responsibility for a group."""
+    def accept(self, group_id: str, step: int | None = None) -> None:
+        """Take responsibility for a group, which is wanted for a step."""
         if group_id in self._groups:
             raise LedgerError(f"group {group_id} must be accepted once, and is already {self._groups[group_id].state}")
         self._num_accepted += 1
-        self._put(_accepted(group_id))
+        self._put(_accepted(group_id, step))
 
     def lease(self, group_id: str, worker: str, version: int, incarnation: int) -> int:
         """Hand a group to a worker with weights of a version; return the lease's fresh id.
@@ -173,14 +174,24 @@ class Ledger:
         taken, self._transitions = self._transitions, []
         return taken
 
-    def snapshot(self) -> dict[str, Any]:
-        """Return plain data for the checkpoint."""
+    def snapshot(self, *, without: Mapping[str, str | None] | None = None) -> dict[str, Any]:
+        """Return plain data for the checkpoint.
+
+        Args:
+            without: groups that will be accepted again and are left out, with the reason of those that ended as
+                QUARANTINED, None for those in flight.
+        """
+        without = without or {}
+        reasons = [reason for reason in without.values() if reason is not None]
+        quarantined = GroupState.QUARANTINED
+        ended = self._ended - Counter({quarantined: len(reasons)})
+        names = self._reasons - Counter(self._counted_as(quarantined, reason) for reason in reasons)
         return {
-            "accepted": self._num_accepted,
+            "accepted": self._num_accepted - len(without),
             "leases": self._num_leases,
-            "ended": {str(state): self._ended[state] for state in FINAL},
-            "reasons": dict(self._reasons),
-            "in_flight": {group_id: str(group.state) for group_id, group in self._groups.items()},
+            "ended": {str(state): ended[state] for state in FINAL},
+            "reasons": dict(names),
+            "in_flight": {name: str(group.state) for name, group in self._groups.items() if name not in without},
         }
 
     def restore(self, snapshot: dict[str, Any]) -> None:
@@ -191,7 +202,7 @@ class Ledger:
         self._reasons = Counter(snapshot["reasons"])
         self._groups, self._transitions = {}, []
         for group_id in snapshot["in_flight"]:
-            self._put(_accepted(group_id))
+            self._put(_accepted(group_id, None))
 
     def _answer(self, group_id: str, lease_id: int, before: GroupState, after: GroupState) -> None:
         group = self._expect(group_id, {before}, after)
@@ -203,10 +214,14 @@ class Ledger:
         self._put(replace(group, state=after))
 
     def _end(self, group: Transition, state: GroupState, reason: str) -> None:
+        name = self._counted_as(state, reason)
+        self._reasons[name] += 1
+        self._put(replace(group, state=state, reason=reason))
+
+    def _counted_as(self, state: GroupState, reason: str) -> str:
         name = f"{state}: {reason}"[:_MAX_REASON_LENGTH]
         is_known = name in self._reasons or len(self._reasons) < _MAX_REASONS
-        self._reasons[name if is_known else f"{state}: other reasons"] += 1
-        self._put(replace(group, state=state, reason=reason))
+        return name if is_known else f"{state}: other reasons"
 
     def _expect(self, group_id: str, before: set[GroupState] | frozenset[GroupState], after: GroupState) -> Transition:
         group = self._groups.get(group_id)
@@ -224,7 +239,7 @@ class Ledger:
             self._groups[group.group_id] = group
 
 
-def _accepted(group_id: str) -> Transition:
+def _accepted(group_id: str, step: int | None) -> Transition:
     return Transition(
         group_id=group_id,
         state=GroupState.ACCEPTED,
@@ -232,6 +247,26 @@ def _accepted(group_id: str) -> Transition:
         worker=None,
         version=None,
         incarnation=None,
-        step=None,
+        step=step,
         reason=None,
     )
+
+
+class LedgerJournal(Protocol):
+    """Keeps transitions for people to read; `LedgerStore` is one."""
+
+    def append(self, transitions: Sequence[Transition], now: float) -> None:
+        """Write them durably, all or none."""
+
+    def close(self) -> None:
+        """Write what is buffered."""
+
+
+class Unrecorded:
+    """A journal that keeps nothing."""
+
+    def append(self, transitions: Sequence[Transition], now: float) -> None:
+        """Forget them."""
+
+    def close(self) -> None:
+        """Do nothing."""

@@ -15,7 +15,7 @@ from cluster.ledger import FINAL, GroupState, Transition
 from cluster.storage import StorageError
 
 _COLUMNS = "events.group_id, events.state, lease_id, worker, version, incarnation, step, reason"
-IS_LIVE = "NOT EXISTS (SELECT 1 FROM rewinds WHERE events.id > rewinds.after_event AND events.id <= rewinds.last_event)"
+IS_LIVE = "events.rolled_back IS NULL"
 """SQL: an event is not rolled back."""
 _STATES = tuple(str(state) for state in GroupState)
 _ENDED = f"({', '.join(repr(str(state)) for state in FINAL)})"
@@ -99,10 +99,7 @@ class LedgerHistory:
 
     def history(self, name: str) -> list[Event]:
         """Return all events, in order, of a group or of the groups of a prompt; none for a name that is neither."""
-        rolled_back = (
-            "SELECT step FROM rewinds WHERE events.id > after_event AND events.id <= last_event ORDER BY id LIMIT 1"
-        )
-        query = f"SELECT at, ({rolled_back}), {_COLUMNS} FROM events WHERE group_id = ? ORDER BY id"
+        query = f"SELECT at, rolled_back, {_COLUMNS} FROM events WHERE group_id = ? ORDER BY id"
         return [_event(row) for group in self._groups(name) for row in self._connection.execute(query, (group,))]
 
     def prompts_near(self, name: str) -> list[str]:

@@ -1,7 +1,6 @@
 """The ledger's history on disk: SQLite in the run directory, written by a run (`ledger_history.py` reads it).
 
     events      one row a transition, append only
-    rewinds     which events a resume has rolled back: those in (after_event, last_event]
     groups      each group's last event that counts
 
 It explains a run (`concord status`, `concord ledger`) and decides nothing: a resume starts from the checkpoint's
@@ -18,15 +17,13 @@ from contextlib import contextmanager, suppress
 from cluster.ledger import Transition
 from cluster.ledger_history import IS_LIVE, NOWHERE, LedgerHistory, error_code
 
-_SCHEMA_VERSION = 1
+_SCHEMA_VERSION = 2
 _SCHEMA = """
 CREATE TABLE events (
     id INTEGER PRIMARY KEY, at REAL NOT NULL, group_id TEXT NOT NULL, state TEXT NOT NULL, lease_id INTEGER,
-    worker TEXT, version INTEGER, incarnation INTEGER, step INTEGER, reason TEXT
+    worker TEXT, version INTEGER, incarnation INTEGER, step INTEGER, reason TEXT, rolled_back INTEGER
 );
 CREATE INDEX events_of_group ON events (group_id);
-CREATE TABLE rewinds (id INTEGER PRIMARY KEY, step INTEGER NOT NULL, after_event INTEGER NOT NULL,
-    last_event INTEGER NOT NULL);
 CREATE TABLE groups (
     group_id TEXT PRIMARY KEY, event_id INTEGER NOT NULL, state TEXT NOT NULL,
     prompt_id TEXT GENERATED ALWAYS AS (substr(group_id, instr(group_id, '/') + 1)) VIRTUAL
@@ -108,7 +105,7 @@ class LedgerStore(LedgerHistory):
         rows = [_row(number, *waiting) for number, waiting in enumerate(self._pending, start=self._num_events + 1)]
         last = {group_id: (group_id, number, state) for number, _, group_id, state, *_ in rows}
         with _transaction(self._connection):
-            self._connection.executemany("INSERT INTO events VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
+            self._connection.executemany("INSERT INTO events VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, NULL)", rows)
             self._connection.executemany(
                 "INSERT INTO groups (group_id, event_id, state) VALUES (?, ?, ?) ON CONFLICT (group_id) "
                 "DO UPDATE SET event_id = excluded.event_id, state = excluded.state",
@@ -120,17 +117,24 @@ class LedgerStore(LedgerHistory):
     def _rewind(self, step: int) -> None:
         last_of_step = f"SELECT id FROM events WHERE step <= ? AND {IS_LIVE} ORDER BY id DESC LIMIT 1"
         last_of_group = f"SELECT MAX(id) FROM events WHERE events.group_id = groups.group_id AND {IS_LIVE}"
-        touched = "group_id IN (SELECT group_id FROM events WHERE id > ?)"
         with _transaction(self._connection) as connection:
             after = self._number(f"SELECT COALESCE(({last_of_step}), 0)", step)
-            if after == self._num_events:
-                return
-            connection.execute(
-                "INSERT INTO rewinds (step, after_event, last_event) VALUES (?, ?, ?)", (step, after, self._num_events)
+            # Groups of later steps were on their way before this step ended; they will be accepted again.
+            is_later = f"(id > ? OR step > ?) AND {IS_LIVE}"
+            touched = [
+                (name,)
+                for (name,) in connection.execute(
+                    f"SELECT DISTINCT group_id FROM events WHERE {is_later}", (after, step)
+                )
+            ]
+            connection.execute(f"UPDATE events SET rolled_back = ? WHERE {is_later}", (step, after, step))
+            connection.executemany(
+                f"UPDATE groups SET event_id = COALESCE(({last_of_group}), 0) WHERE group_id = ?", touched
             )
-            connection.execute(f"UPDATE groups SET event_id = COALESCE(({last_of_group}), 0) WHERE {touched}", (after,))
             state = "SELECT state FROM events WHERE id = event_id"
-            connection.execute(f"UPDATE groups SET state = COALESCE(({state}), ?) WHERE {touched}", (NOWHERE, after))
+            connection.executemany(
+                f"UPDATE groups SET state = COALESCE(({state}), '{NOWHERE}') WHERE group_id = ?", touched
+            )
 
     def _postpone(self, error: sqlite3.Error) -> None:
         if not self.num_failed_writes:

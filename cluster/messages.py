@@ -44,6 +44,7 @@ class Verb(StrEnum):
     GENERATE = "generate"
     SCORE = "score"
     PING = "ping"
+    STATS = "stats"
 
 
 class FailureKind(StrEnum):
@@ -97,7 +98,8 @@ class Call:
     worker: WorkerId
     verb: Verb
     payload: Any
-    """LOAD: what was published; GENERATE: the group's work; SCORE: what GENERATE answered; otherwise None."""
+    """LOAD: what was published; GENERATE: the group's work, answered by rollouts and numbers (`num_bytes`); SCORE: that
+    answer; otherwise None."""
     lease: Lease | None
 
 

@@ -20,6 +20,17 @@ LEADING = (
 FAULTS = "faults_"
 """First part of the names of counters of what went wrong."""
 
+_OF_THE_MACHINE = (FAULTS, "idle_", "queue_", "buffer_", "resident_")
+
+
+def is_of_the_machine(name: str) -> bool:
+    """Return whether a metric says how the machine fared (times, faults, memory), not what was learnt.
+
+    The others are the same in every repetition of a run with the same seed.
+    """
+    return name.endswith("_s") or name.startswith(_OF_THE_MACHINE)
+
+
 _JOURNAL = "metrics.jsonl"
 _TABLE = "metrics.parquet"
 

@@ -81,8 +81,13 @@ class Pipeline:
         counts: dict[str, int] = self._ask(self._core.fault_counts)
         return counts
 
+    def usage(self) -> dict[str, float]:
+        """Return metrics of the time since the last call: idle shares with reasons, queues, memory of the workers."""
+        usage: dict[str, float] = self._ask(self._core.usage)
+        return usage
+
     def state_dict(self) -> dict[str, Any]:
-        """Return plain data for the checkpoint; no round may be open."""
+        """Return plain data for the checkpoint: how things stand without what was drawn ahead."""
         state: dict[str, Any] = self._ask(self._core.state_dict)
         return state
 

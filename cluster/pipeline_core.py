@@ -9,17 +9,18 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import pyarrow as pa
 
-from actors.prompts import DrawnPrompt, PromptSource
+from actors.prompts import DrawnPrompt
 from cluster.config import RunConfig
-from cluster.dispatcher import DataError, Dispatcher, Limits
-from cluster.fleet import FleetConfig
+from cluster.dispatcher import DataError, Dispatcher
+from cluster.draws import Draw, Draws, Place, Prompts
 from cluster.groups import Batch, held_out_work, training_work
-from cluster.ledger import GroupState, Ledger, Transition
-from cluster.messages import Kill, Role, Start, Weights, Workers
+from cluster.ledger import GroupState, Ledger, LedgerJournal
+from cluster.limits import fleets, limits
+from cluster.messages import Kill, Start, Weights, Workers
 from cluster.rounds import Round
 from cluster.waves import NO_CONTRAST, Waves
 
@@ -29,32 +30,9 @@ Progress = Callable[[str, int, int], None]
 _FLUSH_S = 0.5
 """Transitions wait at most so long for their transaction."""
 
-_REWARD_CAPACITY = 2
-"""One group is judged while the next one is on its way."""
-
 
 class WeightsLostError(RuntimeError):
     """No worker can fetch the newest weights any more; publish them again."""
-
-
-class LedgerJournal(Protocol):
-    """Keeps transitions for people to read; `LedgerStore` is one."""
-
-    def append(self, transitions: Sequence[Transition], now: float) -> None:
-        """Write them durably, all or none."""
-
-    def close(self) -> None:
-        """Write what is buffered."""
-
-
-class Unrecorded:
-    """A journal that keeps nothing."""
-
-    def append(self, transitions: Sequence[Transition], now: float) -> None:
-        """Forget them."""
-
-    def close(self) -> None:
-        """Do nothing."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -66,10 +44,8 @@ class _Open:
     """Finished groups it needs, more with each wave; 0 = whatever it was given."""
     waves: Waves | None = None
     """None = each finished group has a place in the batch."""
-    drawn: list[str] = field(default_factory=list)
-    """Groups in the order of their prompts."""
-    position: dict[str, Any] = field(default_factory=dict)
-    """Of the prompts, after this round's last draw."""
+    drawn: dict[str, Draw] = field(default_factory=dict)
+    """Groups in the order of their prompts; empty for a round that was given its groups."""
     waiter: "Future[Batch] | None" = None
 
     def num_missing(self, round_: Round) -> int:
@@ -108,14 +84,14 @@ class PipelineCore:
         self,
         config: RunConfig,
         *,
-        prompts: PromptSource,
+        prompts: Prompts,
         workers: Workers,
         ledger: Ledger,
         journal: LedgerJournal,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config = config
-        self._prompts = prompts
+        self._draws = Draws(prompts)
         self._workers = workers
         self._ledger = ledger
         self._journal = journal
@@ -160,15 +136,15 @@ class PipelineCore:
         return self._ready
 
     def batch(self, step: int) -> "Future[Batch]":
-        """Return a future for a step's batch, whose prompts are drawn at the first call.
+        """Return a future for a step's batch.
 
-        It fails when the pipeline cannot go on; asked again after a remedy, it goes on.
+        Prompts are drawn for it and for the steps after it, as many as staleness allows, where they are not yet.  It
+        fails when the pipeline cannot go on; asked again after a remedy, it goes on.
         """
-        if step not in self._rounds:
-            num_places, sampling = self._config.rollouts.prompts_per_step, self._config.algorithm.dynamic_sampling
-            waves = None if sampling is None else Waves(config=sampling, num_places=num_places)
-            self._rounds[step] = _Open(step=step, num_wanted=num_places, waves=waves)
-            self._draw(step, num_places)
+        last = min(step + self._config.pipeline.max_staleness, self._config.run.num_steps)
+        for opened in range(step, max(step, last) + 1):
+            if opened not in self._rounds:
+                self._open_round(opened)
         return self._when_done(step)
 
     def evaluation(self, version: int, prompts: Sequence[DrawnPrompt]) -> "Future[Batch]":
@@ -187,16 +163,16 @@ class PipelineCore:
     def replay(self, batch: Batch) -> None:
         """Account for a batch that was read from the redo log, as if it had been generated now."""
         for identity, reason in batch.quarantined.items():
-            self._ledger.accept(identity)
+            self._ledger.accept(identity, batch.step)
             self._ledger.end(identity, GroupState.QUARANTINED, reason)
         leases = batch.after["leases"]
         for identity, reason in batch.dropped.items():
-            self._ledger.accept(identity)
+            self._ledger.accept(identity, batch.step)
             self._ledger.replay(identity, leases[identity], batch.step, left_out=reason)
         for identity in batch.group_ids:
-            self._ledger.accept(identity)
+            self._ledger.accept(identity, batch.step)
             self._ledger.replay(identity, leases[identity], batch.step)
-        self._prompts.seek(batch.after["prompts"])
+        self._draws.seek(batch.after["prompts"])
 
     def settle(self, batch: Batch, dropped: str | None) -> dict[str, int]:
         """End a batch's groups, TRAINED or DROPPED for a reason; return the ledger's counts, which must add up."""
@@ -209,12 +185,21 @@ class PipelineCore:
         return self._ledger.counts()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return plain data for the checkpoint."""
-        return {"prompts": self._prompts.position, "ledger": self._ledger.snapshot()}
+        """Return plain data for the checkpoint: how things stand without the rounds that are open.
+
+        Their groups will be drawn again, so to the snapshot they have not happened yet.
+        """
+        open_rounds = {step: self._rounds[step] for step in self._open_steps()}
+        failed = [self._dispatcher.round(step).quarantined for step in open_rounds]
+        pending = {group_id: None for open_round in open_rounds.values() for group_id in open_round.drawn}
+        return {
+            "prompts": self._draws.position(self._places(after=0)),
+            "ledger": self._ledger.snapshot(without={**pending, **{k: v for some in failed for k, v in some.items()}}),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where a checkpoint stopped."""
-        self._prompts.seek(state["prompts"])
+        self._draws.seek(state["prompts"])
         self._ledger.restore(state["ledger"])
 
     def counts(self) -> dict[str, int]:
@@ -224,6 +209,18 @@ class PipelineCore:
     def fault_counts(self) -> dict[str, int]:
         """Return how often things went wrong in this process's life, by name."""
         return self._dispatcher.counters
+
+    def usage(self) -> dict[str, float]:
+        """Return metrics of the time since the last call: what idle workers waited for, queues, memory by worker.
+
+        Workers are asked for their memory for the next time.
+        """
+        now = self._clock()
+        figures = self._dispatcher.depths | self._dispatcher.usage.take_metrics(now)
+        for worker, stats in self._dispatcher.stats.items():
+            figures[f"resident_mb_{worker.role}-{worker.slot}"] = stats["resident_bytes"] / 2**20
+        self._dispatcher.ask_stats(now)
+        return figures
 
     def flush(self) -> None:
         """Give the journal what has happened."""
@@ -296,11 +293,27 @@ class PipelineCore:
     def _reply(self, call_id: int, answer: Any) -> None:
         self._inbox.put(_Answer(call_id=call_id, value=answer))
 
-    def _draw(self, name: int, count: int) -> None:
-        works = [training_work(self._config, prompt) for prompt in self._prompts.draw(count)]
-        self._rounds[name].position = self._prompts.position
-        self._rounds[name].drawn += [work.group_id for work in works]
-        self._dispatcher.admit(name, {work.group_id: work for work in works}, self._ledger, self._clock())
+    def _open_round(self, step: int) -> None:
+        num_places, sampling = self._config.rollouts.prompts_per_step, self._config.algorithm.dynamic_sampling
+        waves = None if sampling is None else Waves(config=sampling, num_places=num_places)
+        self._rounds[step] = _Open(step=step, num_wanted=num_places, waves=waves)
+        self._draw(step, num_places)
+
+    def _draw(self, step: int, count: int) -> None:
+        works = {}
+        for draw in self._draws.draw(count):
+            work = training_work(self._config, draw.prompt)
+            works[work.group_id] = work
+            self._rounds[step].drawn[work.group_id] = draw
+        self._dispatcher.admit(step, works, self._ledger, self._clock(), rank=step)
+
+    def _open_steps(self) -> list[int]:
+        return sorted(open_round.step for open_round in self._rounds.values() if open_round.num_wanted)
+
+    def _places(self, *, after: int) -> list[Place]:
+        """Return where the prompts are that were drawn for the steps after one, in the order of steps."""
+        steps = [step for step in self._open_steps() if step > after]
+        return [draw.place for step in steps for draw in self._rounds[step].drawn.values()]
 
     def _settle_rounds(self) -> None:
         if self._dispatcher.error is not None:
@@ -333,10 +346,11 @@ class PipelineCore:
             open_round.waiter.set_result(batch)
 
     def _batch(self, open_round: _Open, round_: Round) -> Batch:
-        after = {"prompts": open_round.position, "leases": round_.leases, "quarantined": round_.quarantined}
+        position = self._draws.position(self._places(after=open_round.step))
+        after = {"prompts": position, "leases": round_.leases, "quarantined": round_.quarantined}
         identities = sorted(round_.finished)
         if open_round.waves is not None:
-            chosen, dropped = open_round.waves.choose(open_round.drawn)
+            chosen, dropped = open_round.waves.choose(list(open_round.drawn))
             identities, after["dropped"] = sorted(chosen), dict.fromkeys(dropped, NO_CONTRAST)
             for identity in dropped:
                 self._ledger.leave_out(identity, open_round.step, NO_CONTRAST)
@@ -352,32 +366,6 @@ class PipelineCore:
             score_s=round_.last_finished_at - round_.last_generated_at,
             after=after,
         )
-
-
-def fleets(config: RunConfig) -> dict[Role, FleetConfig]:
-    """Return what each role's fleet is."""
-    rollouts = config.rollouts
-    # The engine's rows are filled twice over: as groups finish, others are there to take their rows.
-    in_rows = 2 * -(-rollouts.max_rows // rollouts.samples_per_prompt)
-    ready_timeout_s, max_restarts = config.placement.ready_timeout_s, config.pipeline.max_restarts
-    return {
-        role: FleetConfig(count=count, capacity=capacity, ready_timeout_s=ready_timeout_s, max_restarts=max_restarts)
-        for role, count, capacity in (
-            (Role.ROLLOUT, rollouts.num_workers, in_rows),
-            (Role.REWARD, config.reward.num_workers, _REWARD_CAPACITY),
-        )
-    }
-
-
-def limits(config: RunConfig) -> Limits:
-    """Return when the dispatcher loses patience."""
-    pipeline = config.pipeline
-    return Limits(
-        timeout_s=pipeline.timeout_s,
-        heartbeat_s=pipeline.heartbeat_s,
-        max_retries=pipeline.max_retries,
-        max_quarantined=pipeline.max_quarantined,
-    )
 
 
 def _fail(future: "Future[Any] | None", error: BaseException) -> None:

@@ -1,7 +1,9 @@
 """Which processes a run has, what each may use, and a Ray cluster to hold them.
 
-Rollout and reward workers are busy at the same time and share the cores; the learner works while they wait, so it may
-use all of them.  Busy torch threads never exceed cores: oversubscribed OpenMP barriers cost 4-25x.
+Rollout and reward workers are busy at the same time and share the cores.  On-policy the learner works while they wait,
+so it may use all of them; with `pipeline.max_staleness` it works beside them and has a share of its own.  Busy torch
+threads never exceed cores, but for one thread each where there are more processes: oversubscribed OpenMP barriers cost
+4-25x.
 """
 
 import glob
@@ -99,9 +101,13 @@ def plan_placement(config: RunConfig, *, cores: int | None = None, node_cores: i
     # One logical CPU each where there are enough; otherwise the stages, which take turns, share what there is.
     cpus = min(1.0, cores * 100 // (rollout_count + reward_count + learner_count) / 100)
     reward_threads = placement.reward_threads or min(node_cores, max(1, cores // 4 // reward_count))
-    rollout_share = max(1, (cores - reward_threads * reward_count) // rollout_count)
-    rollout_threads = placement.rollout_threads or min(node_cores, rollout_share)
-    learner_threads = placement.learner_threads or min(node_cores, max(1, cores // learner_count))
+    rest = cores - reward_threads * reward_count
+    if config.pipeline.max_staleness == 0:
+        for_rollouts, for_learner = rest, cores
+    else:
+        for_rollouts = for_learner = max(rest, 2) // 2
+    rollout_threads = placement.rollout_threads or min(node_cores, max(1, for_rollouts // rollout_count))
+    learner_threads = placement.learner_threads or min(node_cores, max(1, for_learner // learner_count))
     return Placement(
         cores=cores,
         rollout=Processes(

@@ -45,6 +45,15 @@ def _drawn(config: RunConfig) -> dict[str, int | str]:
     return {"prompts drawn per step": f"{num_places} to {num_places * sampling.max_waves}, in waves"}
 
 
+def _threads(config: RunConfig, placement: Placement) -> str:
+    """Return whether the threads that are busy together stay within the cores."""
+    rollout, reward, learner = (role.count * role.threads for role in placement.all)
+    busy = max(rollout + reward, learner) if config.pipeline.max_staleness == 0 else rollout + reward + learner
+    if busy <= placement.cores:
+        return f"at most {busy} torch threads are busy, which stays within the cores"
+    return f"up to {busy} torch threads are busy, more than there are cores: lower placement's threads or add cores"
+
+
 def render(config: RunConfig, placement: Placement | None = None) -> RenderableType:
     """Return tables for the terminal."""
     placement = placement or plan_placement(config)
@@ -57,8 +66,10 @@ def render(config: RunConfig, placement: Placement | None = None) -> RenderableT
         processes.add_row(
             role.role, str(role.count), f"{role.cpus:g}", f"{role.gpus:g}", str(role.threads), role.device
         )
-    note = (
-        f"{placement.cores} cores. Rollout and reward workers are busy together, the learner while they wait: "
-        "busy torch threads stay within the cores. Nothing was started."
+    together = (
+        "Rollout and reward workers are busy together, the learner while they wait"
+        if config.pipeline.max_staleness == 0
+        else "All of them are busy together"
     )
+    note = f"{placement.cores} cores. {together}; {_threads(config, placement)}. Nothing was started."
     return Group(batch, processes, note)

@@ -144,6 +144,8 @@ class RayWorkers:
         match call.verb:
             case Verb.READY | Verb.PING:
                 return [actor.ping.remote()]
+            case Verb.STATS:
+                return [actor.stats.remote()]
             case Verb.LOAD:
                 return [actor.update_weights.remote(call.payload)]
             case Verb.SCORE:

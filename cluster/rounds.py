@@ -13,6 +13,8 @@ from cluster.messages import Lease
 class Round:
     """Groups that are wanted together."""
 
+    rank: int = 0
+    """Rounds of a smaller rank go first: evaluation has 0, a step its number."""
     finished: dict[str, Any] = field(default_factory=dict)
     """Group -> what SCORE answered."""
     leases: dict[str, int] = field(default_factory=dict)
@@ -20,6 +22,8 @@ class Round:
     quarantined: dict[str, str] = field(default_factory=dict)
     """Group -> reason."""
     num_open: int = 0
+    num_bytes: int = 0
+    """Of the rollouts generated for it."""
     first_lease_at: float | None = None
     last_generated_at: float = 0.0
     last_finished_at: float = 0.0
@@ -35,8 +39,8 @@ class Group:
     """One group until it ends."""
 
     group_id: str
-    order: int
-    """When it was admitted: what was admitted earlier goes first, however often it is tried."""
+    order: tuple[int, int]
+    """Its round's rank, and when it was admitted: the smaller goes first, however often it is tried."""
     work: Any
     round: Round
     ledger: Ledger
@@ -45,14 +49,16 @@ class Group:
     num_retries: int = 0
     data_failure: str = ""
     """Its first failure that was its own."""
+    num_bytes: int = 0
+    """Of its rollouts, from when they are generated."""
 
 
 class Queue:
     """Groups that wait for a worker, first admitted first; after a failure a group may rest before it waits again."""
 
     def __init__(self) -> None:
-        self._waiting: list[tuple[int, Group]] = []
-        self._resting: list[tuple[float, int, Group]] = []
+        self._waiting: list[tuple[tuple[int, int], Group]] = []
+        self._resting: list[tuple[float, tuple[int, int], Group]] = []
 
     def __len__(self) -> int:
         """Return how many groups wait, without those that rest."""
@@ -65,6 +71,11 @@ class Queue:
     def rest(self, group: Group, until: float) -> None:
         """Let a group wait from a time on."""
         heapq.heappush(self._resting, (until, group.order, group))
+
+    @property
+    def first(self) -> Group:
+        """The group whose turn it is."""
+        return self._waiting[0][1]
 
     def pop(self) -> Group:
         """Return the group whose turn it is."""

@@ -8,17 +8,20 @@ from typing import TypeVar
 
 import pyarrow as pa
 
+from actors.memory import resident_bytes
 from cluster.claim import claim
 from cluster.interrupt import StopRequest
+from cluster.ledger import LedgerJournal
 from cluster.ledger_store import LedgerStore
 from cluster.metrics import FAULTS, Recorder
 from cluster.pipeline import Batch
-from cluster.pipeline_core import LedgerJournal, WeightsLostError
+from cluster.pipeline_core import WeightsLostError
 from cluster.pool import WorkerError
 from cluster.recovery import DurableIncarnations, StepResult
 from cluster.redo import RedoError
 from cluster.session import STATE_FILE, Session
 from cluster.status import LEDGER_FILE
+from cluster.usage import learner_idle
 
 NON_FINITE = "non_finite"
 """Why the groups of a skipped step are dropped."""
@@ -39,6 +42,7 @@ class Run(Session):
     recorder: Recorder
     stop: StopRequest
     _step_started: float
+    _waited_s: float
     _evaluated: dict[str, float]
 
     def __enter__(self) -> "Run":
@@ -75,9 +79,12 @@ class Run(Session):
             Stopped: when a stop is requested while it waits.
             WorkerError: when rows were lost before they were on disk.
         """
+        started = time.perf_counter()
+        self._waited_s = 0.0
         if self.redo.has(step) and (batch := self._from_redo_log(step)) is not None:
             return batch
         batch = self._asking(lambda: self._wait_for_batch(step), version=step - 1)
+        self._waited_s = time.perf_counter() - started
         self.redo.write(batch, self._rows(batch))
         return batch
 
@@ -110,6 +117,7 @@ class Run(Session):
         self._counts = self.pipeline.settle(batch, dropped=None if result.skipped is None else NON_FINITE)
         self._state = self.pipeline.state_dict()
         self._is_skipped = result.skipped is not None
+        step_s = time.perf_counter() - self._step_started
         metrics = {
             "policy_version": step,
             **result.metrics,
@@ -118,7 +126,10 @@ class Run(Session):
             "generate_s": batch.generate_s,
             "score_s": batch.score_s,
             "publish_s": self.publish_s,
-            "step_s": time.perf_counter() - self._step_started,
+            "step_s": step_s,
+            **self.pipeline.usage(),
+            **learner_idle(step_s, waited_s=self._waited_s, publish_s=self.publish_s),
+            "resident_mb_driver": resident_bytes() / 2**20,
             **{f"groups_{name}": count for name, count in self._counts.items()},
             **{f"{FAULTS}{name}": count for name, count in self._fault_counts().items()},
         }

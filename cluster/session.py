@@ -19,10 +19,10 @@ from actors.rollout_worker import RolloutWorker
 from cluster.config import ConfigError, RunConfig
 from cluster.fleet import NotReadyError
 from cluster.gang import LearnerStarter
-from cluster.ledger import Ledger
+from cluster.ledger import Ledger, LedgerJournal, Unrecorded
 from cluster.messages import Role
 from cluster.pipeline import Batch, Pipeline
-from cluster.pipeline_core import LedgerJournal, PipelineCore, Unrecorded
+from cluster.pipeline_core import PipelineCore
 from cluster.placement import Placement, PlacementError, join_cluster, plan_placement
 from cluster.pool import RayWorkers, fetch
 from cluster.progress import Display
@@ -189,6 +189,7 @@ class Session:
             # Sooner than the worker's own deadline: lost weights are not its fault.
             "fetch_timeout_s": config.pipeline.timeout_s / 2,
             "stall_s": config.pipeline.heartbeat_s,
+            "update_mode": config.pipeline.update_mode,
         }
         reward_arguments = {
             "reward": _with_absolute_paths(config.reward),

@@ -53,6 +53,11 @@ class SimulatedPrompts:
         """Where the next draw continues."""
         return {"drawn": self._drawn}
 
+    @property
+    def place(self) -> dict[str, int]:
+        """Where the next prompt is."""
+        return {"drawn": self._drawn}
+
     def seek(self, position: Mapping[str, Any]) -> None:
         """Continue elsewhere."""
         self._drawn = position["drawn"]

@@ -6,7 +6,7 @@ import random
 import signal
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,6 +53,8 @@ class Life:
     """What the ledger's history on disk says of it."""
     position: int = 0
     """How many prompts were drawn."""
+    owed: tuple[int, ...] = ()
+    """Which of them, by number, were drawn ahead by a driver that is gone, and were not wanted again."""
     rows: list[dict[str, Any]] = field(default_factory=list)
     """The metrics."""
 
@@ -96,7 +98,8 @@ def _start(life: Life) -> None:
             train(run)
             life.counts = run.pipeline.counts()
             life.told = run._store.counts()
-            life.position = run._sources[0].position["drawn"]
+            position = run.pipeline._core._draws.position(())
+            life.position, life.owed = position["next"]["drawn"], tuple(place["drawn"] for place in position["owed"])
             life.rows = run.recorder.rows
         life.is_complete = True
     except Crash:
@@ -145,7 +148,11 @@ def _config(world: World, directory: str) -> RunConfig:
         },
         "algorithm": {} if data.max_waves is None else sampling,
         "evaluation": evaluation if data.num_held_out else {},
-        "pipeline": {"timeout_s": _TIMEOUT_S, "heartbeat_s": choice.choice([5.0, 40.0])},
+        "pipeline": {
+            "timeout_s": _TIMEOUT_S,
+            "heartbeat_s": choice.choice([5.0, 40.0]),
+            "max_staleness": data.max_staleness,
+        },
         "placement": {"ready_timeout_s": 20.0},
     }
     return validate(RunConfig, raw, where="simulation")
@@ -156,6 +163,7 @@ def _memory() -> str | None:
     return "/dev/shm" if os.path.isdir("/dev/shm") else None
 
 
-def accepted_order(data: Data, count: int) -> list[str]:
-    """Return the first groups in the data's order."""
-    return [group_id(prompt.epoch, prompt.prompt_id) for prompt in SimulatedPrompts(data).order(0, count)]
+def accepted_order(data: Data, count: int, *, owed: Sequence[int] = ()) -> list[str]:
+    """Return the first groups in the data's order, without those that are owed."""
+    order = enumerate(SimulatedPrompts(data).order(0, count))
+    return [group_id(prompt.epoch, prompt.prompt_id) for number, prompt in order if number not in owed]

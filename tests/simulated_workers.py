@@ -120,6 +120,8 @@ class SimulatedWorkers:
             attempt.process.holds = held
         if call.verb is Verb.READY and self._world.strikes("start_error"):
             return Failure(kind=FailureKind.DATA, text="the constructor raised (simulated)")
+        if call.verb is Verb.STATS:
+            return {"resident_bytes": 2.0**30}
         if call.lease is None:
             return None
         failure = self._failure(call)
@@ -172,5 +174,6 @@ _DURATIONS = {
     Verb.GENERATE: (1.0, 8.0),
     Verb.SCORE: (0.2, 2.0),
     Verb.PING: (0.0, 0.1),
+    Verb.STATS: (0.0, 0.1),
 }
 """Seconds of an undisturbed call."""

@@ -91,6 +91,8 @@ class Data:
     """Waves of dynamic sampling in one step; None = each judged group has a place."""
     alike: float
     """Share of groups whose samples are all judged alike."""
+    max_staleness: int
+    """Versions between sampling and learning; above 0 what is learnt hangs on who is faster, so two runs differ."""
 
     @classmethod
     def draw(cls, seed: int) -> "Data":
@@ -107,6 +109,7 @@ class Data:
             num_held_out=chance.choice([0, 0, 2]),
             max_waves=chance.choice([None, None, None, None, 2, 3]),
             alike=chance.choice([0.2, 0.5, 0.8]),
+            max_staleness=chance.choice([0, 0, 0, 1, 2]),
         )
 
     def is_malformed(self, group_id: str) -> bool:

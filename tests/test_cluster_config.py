@@ -56,7 +56,7 @@ def test_overrides_and_references(tmp_path):
         ("learner.zero_stage", 4, "learner.zero_stage must be 0, 1, 2 or 3, got 4"),
         ("learner.optimizer.lr", 1e-3, "learner.optimizer.lr is not a setting; known keys: "),
         ("algorithm.kl.target", 6.0, "algorithm.kl: `target` and `horizon` must both be set with controller adaptive"),
-        ("pipeline.max_staleness", 1, "pipeline.max_staleness must be 0, got 1"),
+        ("pipeline.max_staleness", -1, "pipeline.max_staleness must be greater than or equal to 0, got -1"),
         (
             "learner.num_minibatches",
             99,

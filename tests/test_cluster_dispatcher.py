@@ -4,9 +4,10 @@ from collections import defaultdict
 
 import pytest
 
-from cluster.dispatcher import DataError, Dispatcher, Limits, RetriesError
+from cluster.dispatcher import DataError, Dispatcher, RetriesError
 from cluster.fleet import Fleet, FleetConfig, FleetError
 from cluster.ledger import Ledger
+from cluster.limits import Limits
 from cluster.messages import Call, Failure, FailureKind, Kill, Role, Start, Verb, Weights
 
 V0 = Weights(incarnation=0, version=0)
@@ -145,12 +146,12 @@ def test_forgotten_answers_would_be_noticed():
     world = World(rollouts=2)
     world.begin("a")
     (a,) = world.calls(Verb.GENERATE)
-    pending = world.dispatcher._calls[a.call_id]
+    (pending,) = world.dispatcher._calls.of(a.worker)
     world.fail(a, FailureKind.INFRA)
     world.tick(1.0)
     (again,) = world.calls(Verb.GENERATE)
     world.answer(again, "rollouts")
-    world.dispatcher._calls[a.call_id] = pending
+    world.dispatcher._calls.add(pending)
     with pytest.raises(RuntimeError, match=r"lease|cannot go"):
         world.answer(a, "late")
 

@@ -10,6 +10,7 @@ import time
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from cluster.fleet import FleetError
 from cluster.gang import LearnerGang
@@ -18,7 +19,7 @@ from cluster.pool import RayWorkers
 from cluster.recovery import NonFiniteRunError
 from cluster.run import Run, Stopped
 from cluster.storage import RunStorage
-from tests.run_toys import are_equal, merged, tiny_config
+from tests.run_toys import are_equal, assert_each_group_is_trained_once, merged, replayed, tiny_config, weights_of
 
 NUM_STEPS = 4
 TIMEOUT_S = 20.0
@@ -115,6 +116,23 @@ def test_one_death_changes_nothing(undisturbed, data, tmp_path, plant, fault):
     assert num_fired() == 1
     assert are_equal(directory, undisturbed)
     assert sum(_faults(directory).values()) > 0, "it was counted"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", [fault for fault in DEATHS.values() if "learner.write" not in fault])
+def test_one_death_ahead_of_the_learner_loses_nothing(ray_cluster, data, tmp_path, plant, fault):
+    """With staleness the order of events decides what is sampled, so a run is compared with a replay of its own log."""
+    directory = tmp_path / "run"
+    config = _config(directory, data, pipeline={"max_staleness": 2}, evaluation={"prompts": None})
+    num_fired = plant(fault)
+    with Run(config) as run:
+        train(run)
+    assert num_fired() == 1
+    assert sum(_faults(directory).values()) > 0, "it was counted"
+    assert_each_group_is_trained_once(directory, config)
+    weights = weights_of(directory)
+    again = weights_of(replayed(directory, config, tmp_path / "again"))
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in again.items())
 
 
 HANGS = {

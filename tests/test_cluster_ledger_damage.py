@@ -36,7 +36,7 @@ def test_damage_is_set_aside_and_said(path, damage):
         train(ledger, [f"{step}/{name}" for name in "abcd"], step)
         store.append(ledger.take_transitions(), 1.0)
     if damage is None:
-        store._connection.execute("PRAGMA user_version = 2")
+        store._connection.execute("PRAGMA user_version = 99")
     store.close()
     with open(path, "rb") as file:
         data = file.read()

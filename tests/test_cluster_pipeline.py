@@ -141,7 +141,7 @@ def test_the_next_prompt_takes_the_place_of_a_quarantined_group(make):
     batch = pipeline.take_batch(1)
     assert batch.group_ids == ("0/p0", "0/p2")
     assert batch.quarantined == {"0/p1": "score: bad"}
-    assert batch.after["prompts"] == prompts.position
+    assert batch.after["prompts"] == {"next": prompts.position, "owed": []}
     assert pipeline.settle(batch) == {"accepted": 3, "trained": 2, "dropped": 0, "quarantined": 1, "in_flight": 0}
 
 

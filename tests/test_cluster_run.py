@@ -12,6 +12,7 @@ import time
 import psutil
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from actors.schema import check
 from cluster.config import ConfigError, to_yaml
@@ -22,7 +23,14 @@ from cluster.session import Session
 from cluster.storage import RunStorage, StorageError
 from reward.schema import SCORED
 from tests.recovery_toys import calm_place
-from tests.run_toys import are_equal, metrics_of, tiny_config
+from tests.run_toys import (
+    are_equal,
+    assert_each_group_is_trained_once,
+    metrics_of,
+    replayed,
+    tiny_config,
+    weights_of,
+)
 
 NUM_STEPS = 4
 
@@ -102,6 +110,25 @@ def test_stopped_and_continued_equals_uninterrupted_to_the_bit(straight, ray_clu
     assert are_equal(directory, straight)
     assert (directory / "rollouts" / "step-3.parquet").read_bytes() == rollouts, "it was not generated again"
     assert json.loads((directory / "summary.json").read_text())["groups"]["trained"] == 16
+
+
+def test_ahead_of_the_learner_nothing_is_lost_and_a_replay_gives_the_same_weights(straight, ray_cluster, data):
+    """Stopped in the middle, with groups of later steps on their way, and continued."""
+    directory = straight.parent / "ahead"
+    config = _config(directory, data, pipeline={"max_staleness": 2}, evaluation={"prompts": None})
+    with Run(config) as run:
+        for step in run.steps():
+            metrics = train_step(run, step)
+            if step == 2:
+                break
+    assert metrics["groups_in_flight"] > 0, "later steps' groups are on their way"
+    assert metrics["staleness_max"] <= 2
+    with Run(config) as run:
+        train(run)
+    assert_each_group_is_trained_once(directory, config)
+    again = replayed(directory, config, straight.parent / "again")
+    weights = weights_of(directory)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in weights_of(again).items())
 
 
 def test_another_configuration_on_the_same_directory_is_refused(straight, data):

@@ -9,9 +9,9 @@ import pyarrow as pa
 import pytest
 
 from actors.prompts import DrawnPrompt
-from cluster.ledger import Ledger
+from cluster.ledger import Ledger, Unrecorded
 from cluster.messages import Failure, FailureKind, Verb, Weights
-from cluster.pipeline_core import PipelineCore, Unrecorded
+from cluster.pipeline_core import PipelineCore
 from cluster.plan import batch_plan
 from cluster.waves import NO_CONTRAST, has_contrast
 from reward.schema import SAMPLES
@@ -64,6 +64,10 @@ class Prompts:
 
     @property
     def position(self):
+        return {"drawn": self._drawn}
+
+    @property
+    def place(self):
         return {"drawn": self._drawn}
 
     def seek(self, position):
@@ -174,7 +178,7 @@ def test_waves_worked_by_hand(num_places, max_waves, kinds, expected):
     assert batch.tables == tuple(f"scored {group}" for group in sorted(expected.batch))
     assert list(dict.fromkeys(batch.samples["group_id"].to_pylist())) == sorted(expected.batch)
     assert batch.metrics == {"num_uninformative": len(expected.dropped)}
-    assert batch.after["prompts"] == {"drawn": len(kinds)}, "nothing is drawn that is not wanted"
+    assert batch.after["prompts"]["next"] == {"drawn": len(kinds)}, "nothing is drawn that is not wanted"
     ended = {"dropped": len(expected.dropped), "quarantined": len(expected.quarantined)}
     assert run.core.settle(batch, None) == {"accepted": len(kinds), "trained": num_places, **ended, "in_flight": 0}
     order = iter(sorted(names("abcdefghijkl")))

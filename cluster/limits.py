@@ -1,0 +1,54 @@
+"""How much of what a run's processes are given, and when patience with them ends."""
+
+import math
+from dataclasses import dataclass
+
+from cluster.config import RunConfig
+from cluster.fleet import FleetConfig
+from cluster.messages import Role
+
+_REWARD_CAPACITY = 2
+"""One group is judged while the next one is on its way."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """When the dispatcher loses patience, and how far it works ahead."""
+
+    timeout_s: float
+    """Longest wait for one call, seconds."""
+    heartbeat_s: float
+    """A rollout worker that generates is asked after half of this time, and must answer within it, seconds."""
+    max_retries: int
+    """Failures of the machinery one group may meet."""
+    max_quarantined: int
+    """Groups a run may lose through their own fault."""
+    max_buffer_bytes: float = math.inf
+    """Rollouts that may wait for their batch, bytes, beside those of the first open step."""
+
+
+def limits(config: RunConfig) -> Limits:
+    """Return a run's limits."""
+    pipeline = config.pipeline
+    return Limits(
+        timeout_s=pipeline.timeout_s,
+        heartbeat_s=pipeline.heartbeat_s,
+        max_retries=pipeline.max_retries,
+        max_quarantined=pipeline.max_quarantined,
+        max_buffer_bytes=pipeline.max_buffer_bytes,
+    )
+
+
+def fleets(config: RunConfig) -> dict[Role, FleetConfig]:
+    """Return what each role's fleet is."""
+    rollouts = config.rollouts
+    # The engine's rows are filled twice over: as groups finish, others are there to take their rows.
+    in_rows = 2 * -(-rollouts.max_rows // rollouts.samples_per_prompt)
+    ready_timeout_s, max_restarts = config.placement.ready_timeout_s, config.pipeline.max_restarts
+    return {
+        role: FleetConfig(count=count, capacity=capacity, ready_timeout_s=ready_timeout_s, max_restarts=max_restarts)
+        for role, count, capacity in (
+            (Role.ROLLOUT, rollouts.num_workers, in_rows),
+            (Role.REWARD, config.reward.num_workers, _REWARD_CAPACITY),
+        )
+    }
