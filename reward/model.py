@@ -1,13 +1,16 @@
 """Reward models: a scalar head on any Hugging Face encoder or decoder, with a normalisation that is part of the model.
 
 score = gain * (w . pooled(trunk(text)) + b) + bias.  The model reads text with its own tokenizer.  Padding is on the
-right and known by lengths, never by comparing ids with the pad token; an over-long text keeps its end.
+right and known by lengths, never by comparing ids with the pad token; an over-long text keeps its end.  Where a
+decoder's last token is read, a group's texts share a row that holds once what they begin with (`reward.shared_rows`).
 """
 
 import json
+import logging
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -30,7 +33,11 @@ from transformers.models.auto.modeling_auto import (
 
 from actors.encoding import Message, Prompt, PromptEncoder
 from actors.policy import attention_implementation, load_tokenizer, local_directory, without_dropout
+from actors.rows import Layout
 from reward.attention import recorded_attention
+from reward.shared_rows import SharedRow, layout_of, shared_rows
+
+logger = logging.getLogger(__name__)
 
 Pooling = Literal["mean", "cls", "last", "classifier"]
 """How token states become one vector; `classifier`: the trunk is a whole sequence classifier and returns the scalar."""
@@ -104,7 +111,9 @@ class RewardModel(nn.Module):
             kind = AutoModelForSequenceClassification if settings["pooling"] == "classifier" else AutoModel
             loaded = cls(kind.from_pretrained(directory, **loading), tokenizer, **settings)
             loaded._load_head(os.path.join(directory, _HEAD))
-        return loaded.to(device=device, dtype=dtype).eval()
+        loaded = loaded.to(device=device, dtype=dtype).eval()
+        logger.debug("%s reads a group in %s rows", directory, loaded.layout)  # tried out now, not at the first group
+        return loaded
 
     def save(self, directory: str) -> None:
         """Write trunk and tokenizer as Hugging Face files, head and normalisation as safetensors, settings as JSON."""
@@ -160,21 +169,34 @@ class RewardModel(nn.Module):
         Returns:
             [B], in the head's dtype.
         """
-        is_text = torch.arange(input_ids.shape[1], device=input_ids.device) < lengths[:, None]
-        output = self.trunk(input_ids=input_ids, attention_mask=is_text.long())
-        if self.pooling == "classifier":
-            pooled = output.logits
-        else:
-            pooled = _pool(output.last_hidden_state, is_text, self.pooling)
-        return self.gain * self.head(pooled)[:, 0] + self.bias
+        return self._value(self._pooled_states(input_ids, lengths))
 
-    @torch.inference_mode()
     def score(self, texts: Sequence[str], *, prompt: Prompt | None = None, max_tokens: int = 512) -> list[float]:
         """Return the scores of one group's texts; the bits depend on these texts alone."""
-        scores: list[float] = []
-        for input_ids, lengths, count in self._batches(texts, prompt, max_tokens):
-            scores += self(input_ids, lengths)[:count].float().tolist()
+        return self.score_ids(self._encoded(texts, prompt, max_tokens))
+
+    @torch.inference_mode()
+    def score_ids(self, texts: Sequence[Sequence[int]]) -> list[float]:
+        """Return the scores of one group's texts as token ids, none empty; the bits depend on these texts alone."""
+        rows: list[SharedRow] = []
+        alone = list(range(len(texts)))
+        if self.layout == "shared":
+            rows, alone = shared_rows(texts, hidden_size=self.trunk.config.get_text_config().hidden_size)
+        scores = [0.0] * len(texts)
+        for row in rows:
+            _put(scores, row.indices, self._value(row.last_states(self.trunk)))
+        for start in range(0, len(alone), _MAX_ROWS):
+            indices = alone[start : start + _MAX_ROWS]
+            _put(scores, indices, self(*self._padded([texts[index] for index in indices])))
         return scores
+
+    @cached_property
+    @torch.inference_mode()
+    def layout(self) -> Layout:
+        """How a group is read: what its texts begin with once (decoders), or each text as a row of its own."""
+        if self.pooling != "last" or not is_decoder(self.trunk.config):
+            return "padded"
+        return layout_of(self.trunk, lambda texts: self._pooled_states(*self._padded(texts))[: len(texts)])
 
     @torch.inference_mode()
     def character_attention(
@@ -192,10 +214,13 @@ class RewardModel(nn.Module):
             ValueError: if this model's attention cannot be told.
         """
         weights: list[np.ndarray] = []
-        for input_ids, lengths, count in self._batches(texts, prompt, max_tokens):
+        encoded = self._encoded(texts, prompt, max_tokens)
+        for start in range(0, len(encoded), _MAX_ROWS):
+            part = encoded[start : start + _MAX_ROWS]
+            input_ids, lengths = self._padded(part)
             with recorded_attention(self.trunk) as layers:
                 self(input_ids, lengths)
-            for row, length in enumerate(lengths[:count].tolist()):
+            for row, length in enumerate(lengths[: len(part)].tolist()):
                 positions = self._pooled(length).to(input_ids.device)
                 weights.append(layers[0].weights(row, positions).mean(dim=(0, 1)).double().cpu().numpy())
         return [
@@ -250,15 +275,24 @@ class RewardModel(nn.Module):
                 return [*[(0, 0)] * start, *spans, (0, 0)]
         raise ValueError(f"a chat template must show the answer as it is, got another one for {text!r:.80}; change it")
 
-    def _batches(
-        self, texts: Sequence[str], prompt: Prompt | None, max_tokens: int
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
-        """Yield (padded ids, lengths, number of texts), texts in their order; the last rows may stand for none."""
-        encoded = [self.encode(text, prompt=prompt, max_tokens=max_tokens) or [self._filler] for text in texts]
-        for start in range(0, len(encoded), _MAX_ROWS):
-            part = encoded[start : start + _MAX_ROWS]
-            rows = part + [part[-1]] * (_MIN_ROWS - len(part))
-            yield *pad_rows(rows, device=self.head.weight.device), len(part)
+    def _encoded(self, texts: Sequence[str], prompt: Prompt | None, max_tokens: int) -> list[list[int]]:
+        """Return the ids of one group's texts; one without any token is read as the filler."""
+        return [self.encode(text, prompt=prompt, max_tokens=max_tokens) or [self._filler] for text in texts]
+
+    def _padded(self, texts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (padded ids, lengths) of texts in their order; the last rows may stand for none."""
+        return pad_rows([*texts, *[texts[-1]] * (_MIN_ROWS - len(texts))], device=self.head.weight.device)
+
+    def _pooled_states(self, input_ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """Return what the head reads, [B, H]; see `forward`."""
+        is_text = torch.arange(input_ids.shape[1], device=input_ids.device) < lengths[:, None]
+        options = {"use_cache": False} if is_decoder(self.trunk.config) else {}
+        output = self.trunk(input_ids=input_ids, attention_mask=is_text.long(), **options)
+        return output.logits if self.pooling == "classifier" else _pool(output.last_hidden_state, is_text, self.pooling)
+
+    def _value(self, pooled: torch.Tensor) -> torch.Tensor:
+        """Return [B] normalised scores of [B, H]."""
+        return self.gain * self.head(pooled)[:, 0] + self.bias
 
     def _pooled(self, length: int) -> torch.Tensor:
         """Return the positions of a text of `length` tokens whose states are pooled."""
@@ -285,6 +319,12 @@ def pad_rows(rows: Sequence[Sequence[int]], *, device: torch.device) -> tuple[to
     longest = max(lengths)
     padded = [[*row, *[0] * (longest - len(row))] for row in rows]
     return torch.tensor(padded, device=device), torch.tensor(lengths, device=device)
+
+
+def _put(scores: list[float], indices: Sequence[int], found: torch.Tensor) -> None:
+    """Write what was found for the texts `indices`; rows behind theirs stand for none."""
+    for index, score in zip(indices, found.float().tolist(), strict=False):
+        scores[index] = score
 
 
 def _before(prompt: Prompt | None) -> str:

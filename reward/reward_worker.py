@@ -5,7 +5,9 @@ depends on that group alone, bit for bit, so a retried call on another worker gi
 """
 
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 from actors.config import PolicyConfig
 from actors.encoding import Prompt, parse_prompt
 from actors.faults import fault
+from actors.memory import resident_bytes
 from actors.policy import load_tokenizer, resolve_dtype
 from actors.schema import ROLLOUTS, SchemaError, check
 from reward.config import ComponentConfig, RewardConfig
@@ -80,6 +83,8 @@ class RewardWorker:
         self._reference: ReferencePolicy | None = None
         if reference_dir is not None:
             self._reference = ReferencePolicy(reference_dir, policy, temperature=temperature, device=place)
+        names = ("num_groups", "num_sequences", *map(_seconds_of, reward.components), "reference_s")
+        self._counters = dict.fromkeys(names, 0.0)
         self._credit = reward.credit
         if self._credit is not None:
             if reference_dir is None:
@@ -89,6 +94,14 @@ class RewardWorker:
     def ping(self) -> str:
         """Return as soon as the worker is ready."""
         return "ready"
+
+    def stats(self) -> dict[str, float]:
+        """Return what this process holds and has done so far.
+
+        `resident_bytes` of main memory; `num_groups` and `num_sequences` judged; `score_s_<component>`, seconds in each
+        judge, for credit too; `reference_s`, seconds in the reference policy.
+        """
+        return {"resident_bytes": float(resident_bytes()), **self._counters}
 
     def score(self, rollouts: pa.Table) -> tuple[pa.Table, pa.Table]:
         """Judge one group.
@@ -113,15 +126,22 @@ class RewardWorker:
             )
         group = _group(rollouts)
         components, deviations = self._judge(group)
-        token_scores = None if self._credit is None else self._token_scores(self._credit, group, components)
+        token_scores = None
+        if self._credit is not None:
+            with self._counted(_seconds_of(self._credit.component)):
+                token_scores = self._token_scores(self._credit, group, components)
         scored = _scored(rollouts, components, deviations, token_scores, self._reference_logprobs(rollouts))
-        return check(scored, SCORED, "RewardWorker.score"), samples_of(scored)
+        answer = check(scored, SCORED, "RewardWorker.score"), samples_of(scored)
+        self._counters["num_groups"] += 1
+        self._counters["num_sequences"] += rollouts.num_rows
+        return answer
 
     def _judge(self, group: _Group) -> tuple[Components, list[float | None]]:
         components: Components = [{} for _ in group.responses]
         deviations: list[float | None] = [None] * len(group.responses)
         for name in self._configs:
-            scores, stds = self._ask(name, group)
+            with self._counted(_seconds_of(name)):
+                scores, stds = self._ask(name, group)
             deviations = [_largest(*pair) for pair in zip(deviations, stds, strict=True)]
             for sample, score in zip(components, scores, strict=True):
                 if score is not None:
@@ -183,7 +203,23 @@ class RewardWorker:
     def _reference_logprobs(self, rollouts: pa.Table) -> list[np.ndarray] | None:
         if self._reference is None:
             return None
-        return self._reference.logprobs(rollouts["prompt_ids"][0].as_py(), rollouts["response_ids"].to_pylist())
+        prompt_ids, responses = rollouts["prompt_ids"][0].as_py(), rollouts["response_ids"].to_pylist()
+        with self._counted("reference_s"):
+            return self._reference.logprobs(prompt_ids, responses)
+
+    @contextmanager
+    def _counted(self, name: str) -> Iterator[None]:
+        """Add the seconds of the block to a counter, also where it fails."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._counters[name] += time.perf_counter() - started
+
+
+def _seconds_of(component: str) -> str:
+    """Return the name of a judge's counter."""
+    return f"score_s_{component}"
 
 
 def _group(rollouts: pa.Table) -> _Group:

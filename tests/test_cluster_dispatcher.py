@@ -1,6 +1,7 @@
 """The dispatcher and its fleets against a scripted world: replies and the time go in, commands come out."""
 
 from collections import defaultdict
+from dataclasses import replace
 
 import pytest
 
@@ -139,6 +140,47 @@ def test_a_dead_worker_is_replaced_and_its_groups_go_first():
     world.answer_all(Verb.GENERATE, Verb.SCORE)
     assert world.dispatcher.round("round").is_done
     assert world.dispatcher.round("round").finished["b"] == "score of b"
+
+
+def rounds_ahead(*, max_buffer_bytes):
+    """Return a world with the groups of steps 1 and 2, and how many were sent when each had been generated."""
+    world = World(rollouts=1, capacity=1, limits=replace(LIMITS, max_buffer_bytes=max_buffer_bytes))
+    world.begin()
+    world.dispatcher.close_round("round")
+    for step, groups in ((1, "ab"), (2, "cd")):
+        world.dispatcher.admit(step, {group: group for group in groups}, world.ledger, 0.0, rank=step)
+    world.collect()
+    order = []
+    while calls := world.calls(Verb.GENERATE):
+        order.append(calls[0].lease.group_id)
+        world.answer(calls[0], (f"rows of {order[-1]}", {"num_bytes": 100}))
+    return world, "".join(order)
+
+
+def test_groups_of_later_steps_wait_for_room_in_the_buffer():
+    assert rounds_ahead(max_buffer_bytes=400)[1] == "abcd"
+    world, order = rounds_ahead(max_buffer_bytes=300)
+    assert order == "abc"
+    assert world.dispatcher.depths["buffer_bytes"] == 300
+    world, order = rounds_ahead(max_buffer_bytes=0)
+    assert order == "ab", "the first open step is never held back"
+    world.answer_all(Verb.SCORE)
+    world.now = 4.0
+    world.dispatcher.close_round(1)
+    world.tick(4.0)
+    assert [call.lease.group_id for call in world.calls(Verb.GENERATE)] == ["c"], "step 2 is the first one now"
+    usage = world.dispatcher.usage.take_metrics(8.0)
+    assert (usage["idle_rollout_buffer"], usage["idle_rollout_learner"]) == (0.5, 0.0)
+
+
+def test_a_group_drawn_late_for_an_early_step_goes_first():
+    world = World(rollouts=1, capacity=1)
+    world.begin()
+    for step, group in ((1, "a"), (2, "b"), (1, "c")):
+        world.dispatcher.admit(step, {group: group}, world.ledger, 0.0, rank=step)
+    world.collect()
+    world.answer(world.calls(Verb.GENERATE)[0])
+    assert [call.lease.group_id for call in world.calls(Verb.GENERATE)] == ["c"]
 
 
 def test_forgotten_answers_would_be_noticed():
