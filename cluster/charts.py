@@ -149,6 +149,16 @@ _OF_SOME_RUNS = (
     _single("KL to the moving reference", "Nats per response.", "reference_kl"),
     _single("Sampler and learner", "KL from the policy that sampled to the learner's, nats per token.", "mismatch_k3"),
     _single("Effective sample size", "Of the importance weights, as a share of the tokens.", "mismatch_ess"),
+    _single("Staleness", "Mean age of the tokens learnt from, policy versions.", "staleness_mean"),
+    Chart(
+        title="Who waits for whom",
+        note="Shares of a step that workers are idle, and what for; the learner's ranks by the driver's clock.",
+        series=(
+            Series(column="idle_rollout_learner", label="rollout for learner", colour=1),
+            Series(column="idle_rollout_weights", label="rollout for weights", colour=4),
+            Series(column="idle_learner_rollouts", label="learner for rollouts", colour=3),
+        ),
+    ),
     _single("Groups without contrast", "Left out by dynamic sampling, a step.", "num_uninformative"),
     _single("Cost", "Mean cost of the step's responses; the constraint holds it under its limit.", "cost_mean"),
     _single("Lambda", "Lagrange multiplier of the constraint.", "lambda"),

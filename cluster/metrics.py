@@ -20,7 +20,13 @@ LEADING = (
 FAULTS = "faults_"
 """First part of the names of counters of what went wrong."""
 
-_OF_THE_MACHINE = (FAULTS, "idle_", "queue_", "buffer_", "resident_")
+IDLE = "idle_"
+"""First part of the names of shares of a step in which a role's processes had nothing to do: idle_<role>_<reason>."""
+
+RESIDENT = "resident_mb_"
+"""First part of the names of a process's main memory, MiB."""
+
+_OF_THE_MACHINE = (FAULTS, IDLE, RESIDENT, "queue_", "buffer_")
 
 
 def is_of_the_machine(name: str) -> bool:

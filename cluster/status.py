@@ -18,7 +18,7 @@ import yaml
 from cluster.claim import holder
 from cluster.ledger import FINAL, GroupState
 from cluster.ledger_history import Event, InFlight, LedgerHistory, reading
-from cluster.metrics import FAULTS, read_journal
+from cluster.metrics import FAULTS, IDLE, RESIDENT, read_journal
 from cluster.storage import RunStorage, StorageError
 
 LEDGER_FILE = "ledger.sqlite"
@@ -87,6 +87,10 @@ class RunStatus:
     faults: dict[str, float]
     figures: dict[str, float | None]
     """Of the newest step; None where a number is not finite."""
+    idle: dict[str, float]
+    """Role_reason -> share of the newest step, as `idle_` metrics say."""
+    resident_mb: dict[str, float]
+    """Process -> main memory at the newest step, MiB."""
     notes: tuple[str, ...]
 
 
@@ -118,10 +122,16 @@ def run_status(run_dir: str, *, now: float) -> RunStatus:
         ended=ledger.ended,
         reasons=ledger.reasons,
         num_malformed_rows=_summary(storage).get("num_quarantined_rows", 0),
-        faults={name.removeprefix(FAULTS): value for name, value in last.items() if name.startswith(FAULTS)},
+        faults=_named(last, FAULTS),
         figures=_figures(rows),
+        idle=_named(last, IDLE),
+        resident_mb=_named(last, RESIDENT),
         notes=ledger.notes,
     )
+
+
+def _named(row: dict[str, Any], prefix: str) -> dict[str, float]:
+    return {name.removeprefix(prefix): value for name, value in row.items() if name.startswith(prefix)}
 
 
 def status_json(status: RunStatus) -> str:

@@ -107,7 +107,19 @@ def _overview(status: RunStatus) -> list[tuple[str, str]]:
         ("malformed rows", str(status.num_malformed_rows)),
         ("faults", ", ".join(f"{name} {value:g}" for name, value in status.faults.items() if value) or "none recorded"),
         ("newest figures", ", ".join(figures) or "none yet"),
+        ("idle in that step", _idle(status.idle) or "not known"),
+        ("memory", ", ".join(f"{name} {size:.0f} MiB" for name, size in status.resident_mb.items()) or "not known"),
     ]
+
+
+def _idle(shares: dict[str, float]) -> str:
+    """Return e.g. `rollout 31% for learner, 2% for weights; learner 5% for rollouts`."""
+    by_role: dict[str, list[str]] = {}
+    for name, share in shares.items():
+        role, _, reason = name.partition("_")
+        if reason != "max" and share >= 0.005:
+            by_role.setdefault(role, []).append(f"{share:.0%} for {reason}")
+    return "; ".join(f"{role} {', '.join(reasons)}" for role, reasons in by_role.items())
 
 
 def _history(group_id: str, events: Sequence[Event], checkpoint: int) -> Table:
