@@ -218,7 +218,7 @@ class PipelineCore:
         now = self._clock()
         figures = self._dispatcher.depths | self._dispatcher.usage.take_metrics(now)
         for worker, stats in self._dispatcher.stats.items():
-            figures[f"resident_mb_{worker.role}-{worker.slot}"] = stats["resident_bytes"] / 2**20
+            figures[f"resident_mb_{worker.role}_{worker.slot}"] = stats["resident_bytes"] / 2**20
         self._dispatcher.ask_stats(now)
         return figures
 

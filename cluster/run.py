@@ -7,6 +7,7 @@ from contextlib import suppress
 from typing import TypeVar
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from actors.memory import resident_bytes
 from cluster.claim import claim
@@ -85,6 +86,8 @@ class Run(Session):
             return batch
         batch = self._asking(lambda: self._wait_for_batch(step), version=step - 1)
         self._waited_s = time.perf_counter() - started
+        oldest = pc.min(batch.samples["oldest_version"]).as_py()
+        assert oldest >= step - 1 - self.config.pipeline.max_staleness, f"step {step} was given version {oldest}"
         self.redo.write(batch, self._rows(batch))
         return batch
 

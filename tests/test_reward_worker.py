@@ -152,6 +152,23 @@ def test_reference_logprobs_and_kl_equal_a_plain_forward(tmp_path, temperature):
         assert kl == pytest.approx((-0.5 - expected)[mask].sum(), abs=1e-3), "tokens of the environment do not count"
 
 
+def test_counters_say_what_was_judged_and_where_the_time_went(reward_model, tmp_path):
+    directory = materialize(policy(), seed=3, cache_dir=str(tmp_path))
+    components = {"model": {"model": reward_model}, "length": {"function": "worker_rules:length"}}
+    judge = worker(components, reference_dir=directory)
+    before = judge.stats()
+    assert before.pop("resident_bytes") > 2**20
+    assert before == dict.fromkeys(
+        ("num_groups", "num_sequences", "score_s_model", "score_s_length", "reference_s"), 0.0
+    )
+    judge.score(rollouts())
+    judge.score(rollouts(group="0/q"))
+    after = judge.stats()
+    assert (after["num_groups"], after["num_sequences"]) == (2, 6)
+    assert after["score_s_model"] > after["score_s_length"] > 0, "a forward takes longer than len"
+    assert 0 < after["reference_s"] < 60
+
+
 def test_samples_count_tokens_and_versions():
     _, samples = worker({"length": {"function": "worker_rules:length"}}).score(rollouts())
     assert samples["num_prompt_tokens"].to_pylist() == [3, 3, 3]
