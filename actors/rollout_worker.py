@@ -18,7 +18,7 @@ from actors.faults import fault
 from actors.memory import resident_bytes
 from actors.policy import eos_ids, load_model, load_tokenizer, resolve_dtype
 from actors.sampling import group_seed
-from actors.schema import PROMPTS, ROLLOUTS, check
+from actors.schema import PROMPTS, ROLLOUTS, check, from_stream
 from actors.torch_engine import TorchEngine
 from actors.weights import Bucket, Publication, WeightTransport
 
@@ -90,16 +90,16 @@ class RolloutWorker:
         self._update_mode = update_mode
         self._thread = EngineThread(engine)
 
-    async def generate(self, prompt: pa.Table, lease: Lease) -> tuple[pa.Table, dict[str, float]]:
+    async def generate(self, prompt: pa.Table | bytes, lease: Lease) -> tuple[pa.Table, dict[str, float]]:
         """Generate one group.
 
         Args:
-            prompt: PROMPTS, one row.
+            prompt: PROMPTS, one row, as it is or as an Arrow stream.
             lease: what to generate for it.
 
         Returns:
-            ROLLOUTS, one row per sample, and small numbers: `num_tokens`, `num_bytes` of the table, `generate_s` (waiting
-            for rows included).
+            ROLLOUTS, one row per sample, and small numbers: `num_tokens`, `num_bytes` of the table, `generate_s` with
+            the wait for rows.
 
         Raises:
             ValueError: if the prompt can never be served.
@@ -107,6 +107,8 @@ class RolloutWorker:
         """
         start = time.perf_counter()
         fault("rollout.generate")
+        if isinstance(prompt, bytes):
+            prompt = from_stream(prompt)
         check(prompt, PROMPTS, "rollout worker")
         if prompt.num_rows != 1:
             raise ValueError(f"a lease must come with one prompt, got {prompt.num_rows} rows ({lease.group_id})")

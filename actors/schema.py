@@ -50,6 +50,20 @@ def group_id(epoch: int, prompt_id: str) -> str:
     return f"{epoch}/{prompt_id}"
 
 
+def to_stream(table: pa.Table) -> bytes:
+    """Return a table as an Arrow stream: for a row or two many times faster to send than the table itself."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    stream: bytes = sink.getvalue().to_pybytes()
+    return stream
+
+
+def from_stream(stream: bytes) -> pa.Table:
+    """Return the table of an Arrow stream."""
+    return pa.ipc.open_stream(stream).read_all()
+
+
 def check(table: pa.Table, schema: pa.Schema, where: str) -> pa.Table:
     """Return `table` if it has `schema` and no null in a required column.
 

@@ -42,8 +42,8 @@ def limits(config: RunConfig) -> Limits:
 def fleets(config: RunConfig) -> dict[Role, FleetConfig]:
     """Return what each role's fleet is."""
     rollouts = config.rollouts
-    # The engine's rows are filled twice over: as groups finish, others are there to take their rows.
-    in_rows = 2 * -(-rollouts.max_rows // rollouts.samples_per_prompt)
+    # The engine's rows are filled three times over: a group holds its place until its longest sample is done.
+    in_rows = 3 * -(-rollouts.max_rows // rollouts.samples_per_prompt)
     ready_timeout_s, max_restarts = config.placement.ready_timeout_s, config.pipeline.max_restarts
     return {
         role: FleetConfig(count=count, capacity=capacity, ready_timeout_s=ready_timeout_s, max_restarts=max_restarts)

@@ -27,6 +27,9 @@ from cluster.waves import NO_CONTRAST, Waves
 Progress = Callable[[str, int, int], None]
 """Called with (what, done, total)."""
 
+_DRAWN_AT_ONCE = 256
+"""Prompts drawn before answers are looked at again."""
+
 _FLUSH_S = 0.5
 """Transitions wait at most so long for their transaction."""
 
@@ -102,6 +105,7 @@ class PipelineCore:
         self._ready: Future[None] = Future()
         self._flushed_at = clock()
         self._has_news = False
+        self._is_drawing = False  # more prompts are to be drawn at once
         self.on_progress: Progress = lambda what, done, total: None
         self.say: Callable[[str], None] = lambda text: None
         """Told, one line each, what goes wrong with workers and groups."""
@@ -144,7 +148,7 @@ class PipelineCore:
         last = min(step + self._config.pipeline.max_staleness, self._config.run.num_steps)
         for opened in range(step, max(step, last) + 1):
             if opened not in self._rounds:
-                self._open_round(opened)
+                self._open_round(opened)  # its prompts are drawn in pieces, so that answers are not kept waiting
         return self._when_done(step)
 
     def evaluation(self, version: int, prompts: Sequence[DrawnPrompt]) -> "Future[Batch]":
@@ -250,7 +254,7 @@ class PipelineCore:
 
     def next_wakeup(self) -> float | None:
         """Return when the clock must be looked at, None = only an answer or a request can change anything."""
-        return self._dispatcher.next_wakeup()
+        return self._clock() if self._is_drawing else self._dispatcher.next_wakeup()
 
     def _when_done(self, name: Any) -> "Future[Batch]":
         waiter: Future[Batch] = Future()
@@ -297,7 +301,7 @@ class PipelineCore:
         num_places, sampling = self._config.rollouts.prompts_per_step, self._config.algorithm.dynamic_sampling
         waves = None if sampling is None else Waves(config=sampling, num_places=num_places)
         self._rounds[step] = _Open(step=step, num_wanted=num_places, waves=waves)
-        self._draw(step, num_places)
+        self._dispatcher.admit(step, {}, self._ledger, self._clock(), rank=step)
 
     def _draw(self, step: int, count: int) -> None:
         works = {}
@@ -320,14 +324,20 @@ class PipelineCore:
             _fail(self._ready, self._dispatcher.error)
         elif self._dispatcher.is_ready and not self._ready.done():
             self._ready.set_result(None)
+        room = _DRAWN_AT_ONCE
         for name, open_round in list(self._rounds.items()):
             round_ = self._dispatcher.round(name)
             num_missing = open_round.num_missing(round_)
             if num_missing > 0 and self._dispatcher.error is None:
-                self._draw(name, num_missing)
+                count = min(num_missing, room)
+                self._draw(name, count)
                 self._execute()
+                room -= count
+                if count < num_missing:
+                    break
             if open_round.waiter is not None:
                 self._settle_round(name, open_round, round_)
+        self._is_drawing = room == 0
 
     def _settle_round(self, name: Any, open_round: _Open, round_: Round) -> None:
         assert open_round.waiter is not None, "somebody waits for the round"

@@ -23,6 +23,7 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",  # weights are fetched on a thread of their own
+    "RAY_max_direct_call_object_size": "8192",  # rows stay on their node; larger answers would go to the driver whole
 }
 """Of every worker process; must be set before torch is loaded."""
 

@@ -10,6 +10,7 @@ import secrets
 import textwrap
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
+from functools import cached_property
 from typing import Any, Protocol
 
 import pyarrow as pa
@@ -19,6 +20,7 @@ from ray import exceptions
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from actors.rollout_worker import Lease, RolloutError
+from actors.schema import to_stream
 from cluster.messages import Call, Failure, FailureKind, Reply, Role, Verb, WorkerId
 from cluster.placement import Processes
 
@@ -81,7 +83,7 @@ class RayWorkers:
             for role, (worker_class, arguments, processes) in specs.items()
         }
         self._prefix = f"{run}-{secrets.token_hex(3)}"  # names are unique on a cluster, and runs may share one
-        self._actors: dict[WorkerId, Any] = {}
+        self._actors: dict[WorkerId, _Actor] = {}
         self._unstarted: dict[WorkerId, Failure] = {}
 
     def start(self, worker: WorkerId) -> None:
@@ -90,7 +92,7 @@ class RayWorkers:
         options = processes.options() | {"name": f"{self._prefix}/{worker}"}
         try:
             _check_connected()
-            self._actors[worker] = actor_class.options(**options).remote(**arguments)
+            self._actors[worker] = _Actor(actor_class.options(**options).remote(**arguments))
         except Exception as error:  # whatever Ray raises when its control store is away
             self._unstarted[worker] = _unreachable(error)
 
@@ -106,7 +108,7 @@ class RayWorkers:
         if actor is None or not ray.is_initialized():  # Ray's end is the end of its processes
             return
         try:
-            ray.kill(actor)
+            ray.kill(actor.handle)
         except Exception as error:  # whatever Ray raises when its control store is away
             logger.warning("%s could not be killed: %s", worker, _one_line(f"{type(error).__name__}: {error}"))
 
@@ -139,24 +141,45 @@ class RayWorkers:
         for worker in list(self._actors):
             self.kill(worker)
 
-    def _send(self, actor: Any, call: Call) -> Sequence[Any]:
+    def _send(self, actor: "_Actor", call: Call) -> Sequence[Any]:
         """Return the references to what the worker returns, the small one last."""
         match call.verb:
             case Verb.READY | Verb.PING:
-                return [actor.ping.remote()]
+                return [actor.handle.ping.remote()]
             case Verb.STATS:
-                return [actor.stats.remote()]
+                return [actor.handle.stats.remote()]
             case Verb.LOAD:
-                return [actor.update_weights.remote(call.payload)]
+                return [actor.handle.update_weights.remote(call.payload)]
             case Verb.SCORE:
-                scored: Sequence[Any] = actor.score.options(num_returns=2).remote(call.payload[0])
+                scored: Sequence[Any] = actor.score(call.payload[0])
                 return scored
             case Verb.GENERATE:
                 assert call.lease is not None, "a group is generated under a lease"
                 work: GroupWork = call.payload
                 lease = work.lease(call.lease.lease_id, call.lease.weights.incarnation)
-                rollouts: Sequence[Any] = actor.generate.options(num_returns=2).remote(work.table, lease)
+                rollouts: Sequence[Any] = actor.generate(to_stream(work.table), lease)
                 return rollouts
+
+
+class _Actor:
+    """A process, with its calls per group made ready: to look one up takes as long as to send it.
+
+    Args:
+        handle: Ray's.
+    """
+
+    def __init__(self, handle: Any) -> None:
+        self.handle = handle
+
+    @cached_property
+    def generate(self) -> Any:
+        """Send GENERATE."""
+        return self.handle.generate.options(num_returns=2).remote
+
+    @cached_property
+    def score(self) -> Any:
+        """Send SCORE."""
+        return self.handle.score.options(num_returns=2).remote
 
 
 def _check_connected() -> None:

@@ -16,6 +16,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutErro
 
 from actors import faults
 from actors.rollout_worker import RolloutError
+from actors.schema import from_stream
 from cluster.messages import Call, Failure, FailureKind, Lease, Role, Verb, Weights, WorkerId
 from cluster.placement import Processes
 from cluster.pool import RayWorkers, failure
@@ -51,7 +52,8 @@ class StubRollouts:
         self.version = publication
         return 0.5
 
-    async def generate(self, prompt, order):
+    async def generate(self, stream, order):
+        prompt = from_stream(stream)
         match prompt["do"][0].as_py():
             case "sleep":
                 await asyncio.sleep(60)

@@ -154,7 +154,7 @@ def test_a_run_that_loses_a_rollout_worker_and_its_learner_equals_an_undisturbed
         for step in run.steps():
             if step == 2:
                 workers = run.pipeline._core._workers._actors
-                ray_cluster.kill(next(actor for worker, actor in workers.items() if str(worker) == "rollout-1.0"))
+                ray_cluster.kill(next(a.handle for worker, a in workers.items() if str(worker) == "rollout-1.0"))
             if step == 4:  # its ranks are at step 3, the newest checkpoint is of step 2
                 ray_cluster.kill(run.learner._gang._ranks.actors[0])
             train_step(run, step)
