@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import numpy as np
 
 if TYPE_CHECKING:
-    import torch
+    from actors.buckets import Load
 
 FinishReason = Literal["eos", "stop", "length"]
 UpdateMode = Literal["drain", "keep", "reprefill"]
@@ -138,6 +138,10 @@ class Engine(Protocol):
         """The policy version that the next token is sampled with; -1 before the first update."""
 
     @property
+    def is_updating(self) -> bool:
+        """Whether an update has begun and not ended: its weights are half old, half new, and it cannot step."""
+
+    @property
     def has_work(self) -> bool:
         """Whether `step` would do something."""
 
@@ -161,7 +165,7 @@ class Engine(Protocol):
         recomputes the KV of live rows with the new ones.
         """
 
-    def load(self, tensors: "Iterable[tuple[str, torch.Tensor]]") -> None:
+    def load(self, tensors: "Iterable[tuple[str, Load]]") -> None:
         """Copy one bucket of named tensors (canonical Hugging Face names) into the weights, in place."""
 
     def end_update(self) -> None:

@@ -18,7 +18,8 @@ from typing import Any
 
 from actors.engine import Completion, Engine, Request, UpdateMode
 from actors.faults import fault
-from actors.weights import InProcessTransport, Publication, receive
+from actors.streams import IncomingStream
+from actors.weights import Fetched
 
 
 class RolloutError(RuntimeError):
@@ -59,9 +60,9 @@ class Abort:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Update:
-    """Take new weights; `publication`'s handles are the buffers themselves."""
+    """Take new weights; an update that fails in the middle leaves the engine still until another one succeeds."""
 
-    publication: Publication
+    incoming: Fetched | IncomingStream
     mode: UpdateMode
     """What becomes of the groups before it: see `Engine.begin_update`."""
 
@@ -121,6 +122,11 @@ class EngineThread:
         """
         return time.monotonic() - max(self._asked_at, self._turn_at) if self._num_asked else 0.0
 
+    @property
+    def _is_decoding(self) -> bool:
+        """Whether the engine has samples to decode, and weights to decode them with."""
+        return self._engine.has_work and not self._engine.is_updating
+
     async def ask(self, command: Command) -> Any:
         """Queue a command and wait for its answer."""
         loop = asyncio.get_running_loop()
@@ -149,10 +155,10 @@ class EngineThread:
 
     def _serve(self) -> None:
         while not self._closed.is_set():
-            self._take_commands(block=not self._engine.has_work and not self._waiting)
+            self._take_commands(block=not self._is_decoding and not self._waiting)
             while self._waiting and not self._closed.is_set():
                 command, reply = self._waiting[0]
-                if isinstance(command, Update) and command.mode == "drain" and self._engine.has_work:
+                if isinstance(command, Update) and command.mode == "drain" and self._is_decoding:
                     break  # live groups finish with the version they began with
                 self._waiting.popleft()
                 self._apply_safely(command, reply)
@@ -185,8 +191,8 @@ class EngineThread:
                 if request_id in self._pending and self._pending[request_id].reply is reply:
                     del self._pending[request_id]
                     self._engine.abort([request_id])
-            case Update(publication=publication, mode=mode):
-                receive(publication, InProcessTransport(), self._engine, mode=mode)
+            case Update(incoming=incoming, mode=mode):
+                incoming.load_into(self._engine, mode)
                 reply.succeed(None)
             case Stats():
                 reply.succeed(self._engine.stats())
@@ -195,7 +201,7 @@ class EngineThread:
                 reply.succeed(None)
 
     def _step_safely(self) -> None:
-        if not self._engine.has_work:
+        if not self._is_decoding:
             return
         try:
             fault("rollout.decode")

@@ -19,8 +19,9 @@ from actors.memory import resident_bytes
 from actors.policy import eos_ids, load_model, load_tokenizer, resolve_dtype
 from actors.sampling import group_seed
 from actors.schema import PROMPTS, ROLLOUTS, check, from_stream
+from actors.streams import IncomingStream, StreamError, StreamReceiver, StreamSeat
 from actors.torch_engine import TorchEngine
-from actors.weights import Bucket, Publication, WeightTransport
+from actors.weights import Bucket, Fetched, InProcessTransport, Publication, WeightTransport
 
 __all__ = ["Lease", "RolloutError", "RolloutWorker"]
 
@@ -88,6 +89,7 @@ class RolloutWorker:
         self._fetch_timeout_s = fetch_timeout_s
         self._stall_s = stall_s
         self._update_mode = update_mode
+        self._receiver = StreamReceiver()
         self._thread = EngineThread(engine)
 
     async def generate(self, prompt: pa.Table | bytes, lease: Lease) -> tuple[pa.Table, dict[str, float]]:
@@ -132,15 +134,23 @@ class RolloutWorker:
         numbers = {"num_tokens": num_tokens, "num_bytes": table.nbytes, "generate_s": time.perf_counter() - start}
         return table, numbers
 
-    async def update_weights(self, publication: Publication) -> float:
-        """Take a published version, fetched while the engine decodes on; return the seconds it took.
+    async def update_weights(self, publication: Publication | StreamSeat) -> float:
+        """Take a version, published or streamed, that comes while the engine decodes on; return the seconds it took.
 
         Raises:
             WeightError: if what came is not what was announced or expected.
             RolloutError: if it could not be fetched in time.
         """
         start = time.perf_counter()
-        await self._thread.ask(Update(publication=await self._fetch(publication), mode=self._update_mode))
+        incoming: Fetched | IncomingStream
+        if isinstance(publication, StreamSeat):
+            incoming = await self._meet(publication)
+        else:
+            incoming = await self._fetch(publication)
+        try:
+            await self._thread.ask(Update(incoming=incoming, mode=self._update_mode))
+        except StreamError as error:
+            raise RolloutError(f"{error}; publish the version again") from error
         return time.perf_counter() - start
 
     async def ping(self) -> int:
@@ -168,16 +178,24 @@ class RolloutWorker:
         if not self._thread.is_closed:
             await self._thread.ask(Close())
 
-    async def _fetch(self, publication: Publication) -> Publication:
+    async def _meet(self, seat: StreamSeat) -> IncomingStream:
+        """Join the stream's group and wait for its first bucket; the engine decodes on meanwhile."""
+        try:
+            return await asyncio.get_running_loop().run_in_executor(None, self._receiver.open, seat)
+        except StreamError as error:
+            raise RolloutError(f"{error}; publish the version again") from error
+
+    async def _fetch(self, publication: Publication) -> Fetched:
         """Return the publication with the buffers themselves as handles; the engine decodes on meanwhile."""
         fetching = asyncio.get_running_loop().run_in_executor(None, self._get_buckets, publication)
         try:
-            return replace(publication, buckets=await asyncio.wait_for(fetching, self._fetch_timeout_s))
+            buckets = await asyncio.wait_for(fetching, self._fetch_timeout_s)
         except TimeoutError as error:  # its thread may wait for ever
             raise RolloutError(
                 f"version {publication.version} must be fetched within {self._fetch_timeout_s:g} s and was not; "
                 "publish it again"
             ) from error
+        return Fetched(publication=replace(publication, buckets=buckets), transport=InProcessTransport())
 
     def _get_buckets(self, publication: Publication) -> tuple[Bucket, ...]:
         try:

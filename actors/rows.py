@@ -57,6 +57,8 @@ class GroupRow:
     """[S] int64, the tokens they predict."""
     lengths: tuple[int, ...]
     """Tokens of each of the N responses."""
+    spans: tuple[tuple[int, ...], ...]
+    """Tokens of each group's prompt and responses, in the order of a shared row."""
 
     def to(self, device: torch.device) -> "GroupRow":
         """Return the row on another device."""
@@ -135,6 +137,7 @@ def _shared(groups: Sequence[PromptGroup]) -> GroupRow:
         token_states=_token_states(groups),
         targets=_targets(groups),
         lengths=tuple(len(response) for group in groups for response in group.responses),
+        spans=tuple((len(group.prompt_ids), *map(len, group.responses)) for group in groups),
     )
 
 
@@ -168,6 +171,7 @@ def _padded(groups: Sequence[PromptGroup]) -> GroupRow:
         token_states=_token_states(groups),
         targets=_targets(groups),
         lengths=tuple(len(response) for group in groups for response in group.responses),
+        spans=tuple((len(group.prompt_ids), *map(len, group.responses)) for group in groups),
     )
 
 

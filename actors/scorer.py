@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from actors.rows import GroupRow, Layout, PromptGroup, attention_mask, group_row
+from actors.shared_attention import CALL_COST, install, plan_row, uninstall
 
 logger = logging.getLogger(__name__)
 
@@ -72,13 +73,15 @@ class Scorer:
     """
 
     layout: Layout = "padded"
+    call_cost = CALL_COST
+    """See `actors.shared_attention`."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
         self._head = _swap_head(model)
         self.is_chunked = self._head is not None
         self.is_chunked = self.is_chunked and _head_is_last(self, model)
-        self.layout = "shared" if _takes_shared_rows(self, model) else "padded"
+        self.layout = "shared" if _attends_without_mask(self, model) or _takes_shared_rows(self, model) else "padded"
 
     def row(self, groups: Sequence[PromptGroup]) -> GroupRow:
         """Lay groups out as this model needs them."""
@@ -117,10 +120,19 @@ class Scorer:
         return self._model(
             input_ids=row.input_ids,
             position_ids=row.position_ids,
-            attention_mask=model_mask(row, self._model),
+            **model_attention(row, self._model, call_cost=self.call_cost),
             use_cache=False,
             logits_to_keep=row.kept,
         )
+
+
+def model_attention(row: GroupRow, model: PreTrainedModel, *, call_cost: int = CALL_COST) -> dict[str, Any]:
+    """Return the arguments that tell a model which token sees which: a mask, or a plan where that is cheaper."""
+    plan = plan_row(row.spans, model, call_cost=call_cost) if row.layout == "shared" else None
+    if plan is None:
+        return {"attention_mask": model_mask(row, model)}
+    # transformers passes a 4-D mask on as it is, and makes one of its own where there is none
+    return {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool), "shared_row": plan}
 
 
 def model_mask(row: GroupRow, model: PreTrainedModel) -> torch.Tensor | dict[str, torch.Tensor]:
@@ -202,6 +214,18 @@ def _head_is_last(scorer: Scorer, model: PreTrainedModel) -> bool:
             "%s changes the logits after its output head: log-probs come from whole logits, which takes more memory",
             type(model).__name__,
         )
+    return agrees
+
+
+def _attends_without_mask(scorer: Scorer, model: PreTrainedModel) -> bool:
+    """Let the model attend over shared rows by plan, if that gives what it should."""
+    if not install(model):
+        return False
+    scorer.call_cost = 0  # small rows too
+    agrees = _takes_shared_rows(scorer, model)
+    scorer.call_cost = CALL_COST
+    if not agrees:
+        uninstall(model)
     return agrees
 
 

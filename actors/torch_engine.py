@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from actors.buckets import Load
 from actors.engine import (
     Capability,
     Completion,
@@ -145,6 +146,11 @@ class TorchEngine:
         return self._version
 
     @property
+    def is_updating(self) -> bool:
+        """Whether an update has begun and not ended."""
+        return self._next is not None
+
+    @property
     def has_work(self) -> bool:
         """Whether `step` would do something."""
         return bool(self._rows or self._queue)
@@ -191,8 +197,8 @@ class TorchEngine:
         self._next = (version, mode)
         self._weights.begin()
 
-    def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Copy named tensors into the weights, in place."""
+    def load(self, tensors: Iterable[tuple[str, Load]]) -> None:
+        """Copy named tensors, or parts or changes of them, into the weights, in place."""
         start = time.perf_counter()
         self._weights.load(tensors)
         self._stats.load_s += time.perf_counter() - start

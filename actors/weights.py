@@ -1,12 +1,14 @@
 """Weights on their way from the learner: what is announced, how it is checked, how a receiver takes it.
 
-The learner packs named tensors into buckets and publishes a `Publication`; a receiver pulls bucket after bucket through
-a `WeightTransport`, checks each tensor and copies it in place.  What needs Ray lives in `cluster/transport.py`.
+The learner packs named tensors into buckets and publishes a `Publication`, whose buckets a receiver pulls through a
+`WeightTransport`, or sends them through a group of processes (`actors/streams.py`).  Either way the receiver checks
+each tensor and copies it in place.  What needs Ray lives in `cluster/transport.py`.
 """
 
 import difflib
-import zlib
-from collections.abc import Iterable, Mapping, Sequence
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -14,25 +16,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from actors.buckets import (
+    Changes,
+    Load,
+    Part,
+    TensorEntry,
+    WeightError,
+    check_fingerprint,
+    dtype_name,
+    layout,
+    unpack_bucket,
+    unpack_changes,
+)
+from actors.fingerprints import fingerprint
+
 if TYPE_CHECKING:
-    from actors.engine import Engine
-
-_ALIGNMENT_BYTES = 64
-
-
-class WeightError(RuntimeError):
-    """Received weights are not what was announced or expected; the message names the tensor."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TensorEntry:
-    """One tensor inside a bucket; tensors lie one after another, each starting at a multiple of 64 bytes."""
-
-    name: str  # canonical Hugging Face name; tied tensors appear once, the value head never
-    kind: Literal["base", "adapter"]
-    dtype: str  # torch dtype name, e.g. "float32"
-    shape: tuple[int, ...]
-    fingerprint: int  # CRC-32 of its bytes
+    from actors.engine import Engine, UpdateMode
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,8 +39,9 @@ class Bucket:
     """A run of tensors that travels as one buffer; `handle` is the transport's."""
 
     entries: tuple[TensorEntry, ...]
-    num_bytes: int
+    num_bytes: int  # of what travels
     handle: Any
+    num_changed: int | None = None  # words in a bucket of changes, see `actors/buckets.py`; None = all of them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +51,8 @@ class Publication:
     version: int
     incarnation: int
     buckets: tuple[Bucket, ...]
+    base: int | None = None
+    """The version, of the same incarnation, that these are changes to; None = complete in itself."""
 
     @property
     def num_bytes(self) -> int:
@@ -62,7 +64,7 @@ class WeightTransport(Protocol):
     """Moves one buffer from the learner's rank 0 to any number of receivers, which pull when they are ready."""
 
     def put(self, buffer: np.ndarray) -> Any:
-        """Make a uint8 buffer available; return the handle to announce."""
+        """Make a uint8 buffer available; return the handle to announce.  The buffer may be written again then."""
 
     def get(self, handle: Any) -> np.ndarray:
         """Return the uint8 buffer behind a handle, read-only."""
@@ -72,23 +74,74 @@ class InProcessTransport:
     """Hands buffers over inside one process: tests, and a learner that shares its process with an engine."""
 
     def put(self, buffer: np.ndarray) -> np.ndarray:
-        """Return the buffer itself."""
-        return buffer
+        """Return a copy of the buffer."""
+        return buffer.copy()
 
     def get(self, handle: np.ndarray) -> np.ndarray:
         """Return the buffer itself."""
         return handle
 
 
+class Incoming(Protocol):
+    """A version on its way to this process."""
+
+    @property
+    def version(self) -> int:
+        """See `Publication`."""
+
+    @property
+    def base(self) -> int | None:
+        """See `Publication`."""
+
+    @property
+    def plan(self) -> Sequence[TensorEntry]:
+        """What will come, fingerprints aside."""
+
+    def arrive(self) -> Iterator[tuple[Bucket, np.ndarray]]:
+        """Yield each bucket with its bytes, uint8, which are valid until the next one is asked for."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fetched:
+    """A publication that is pulled through a transport."""
+
+    publication: Publication
+    transport: WeightTransport
+
+    @property
+    def version(self) -> int:
+        """Of the publication."""
+        return self.publication.version
+
+    @property
+    def base(self) -> int | None:
+        """Of the publication."""
+        return self.publication.base
+
+    @property
+    def plan(self) -> list[TensorEntry]:
+        """The announced entries."""
+        return [entry for bucket in self.publication.buckets for entry in bucket.entries]
+
+    def arrive(self) -> Iterator[tuple[Bucket, np.ndarray]]:
+        """Pull each bucket."""
+        for bucket in self.publication.buckets:
+            yield bucket, self.transport.get(bucket.handle)
+
+    def load_into(self, engine: "Engine", mode: "UpdateMode") -> dict[str, float]:
+        """See `take`."""
+        return take(self, engine, mode=mode)
+
+
 def pack_bucket(
     named: Sequence[tuple[str, Tensor]], kind: Literal["base", "adapter"] = "base"
 ) -> tuple[np.ndarray, tuple[TensorEntry, ...]]:
-    """Lay tensors into one buffer, each at a multiple of 64 bytes.
+    """Lay whole tensors into one buffer, each at a multiple of 64 bytes.
 
     Returns:
         The uint8 buffer, and what is in it.
     """
-    offsets, size = _layout([tensor.numel() * tensor.element_size() for _, tensor in named])
+    offsets, size = layout([tensor.numel() * tensor.element_size() for _, tensor in named])
     buffer = np.zeros(size, dtype=np.uint8)
     entries = []
     for (name, tensor), offset in zip(named, offsets, strict=True):
@@ -98,37 +151,14 @@ def pack_bucket(
         entry = TensorEntry(
             name=name,
             kind=kind,
-            dtype=_dtype_name(tensor.dtype),
+            dtype=dtype_name(tensor.dtype),
             shape=tuple(tensor.shape),
-            fingerprint=zlib.crc32(raw.data),
+            start=0,
+            count=tensor.numel(),
+            fingerprint=fingerprint(raw),
         )
         entries.append(entry)
     return buffer, tuple(entries)
-
-
-def unpack_bucket(buffer: np.ndarray, entries: Sequence[TensorEntry]) -> list[tuple[str, Tensor]]:
-    """Return the tensors of a buffer after checking its size and every fingerprint.
-
-    Raises:
-        WeightError: naming the tensor whose bytes are not the announced ones.
-    """
-    offsets, size = _layout([_num_bytes(entry) for entry in entries])
-    if buffer.dtype != np.uint8 or buffer.shape != (size,):
-        raise WeightError(
-            f"a bucket must be {size} bytes of uint8, got {buffer.shape} of {buffer.dtype} "
-            f"({entries[0].name if entries else 'empty'}, ...); publish the version again"
-        )
-    named = []
-    for entry, offset in zip(entries, offsets, strict=True):
-        raw = buffer[offset : offset + _num_bytes(entry)]
-        found = zlib.crc32(raw.data)
-        if found != entry.fingerprint:
-            raise WeightError(
-                f"the bytes of tensor {entry.name!r} must have fingerprint {entry.fingerprint:08x}, got {found:08x}; "
-                "publish the version again"
-            )
-        named.append((entry.name, _bytes_tensor(raw).view(_torch_dtype(entry)).reshape(entry.shape)))
-    return named
 
 
 def receive(
@@ -136,65 +166,144 @@ def receive(
     transport: WeightTransport,
     engine: "Engine",
     expected: Mapping[str, tuple[tuple[int, ...], str]] | None = None,
-) -> None:
-    """Bring an engine without live requests to a published version.
+    *,
+    mode: "UpdateMode" = "drain",
+) -> dict[str, float]:
+    """Bring an engine to a published version, see `take`."""
+    return take(Fetched(publication=publication, transport=transport), engine, expected, mode=mode)
 
-    The announcement is checked before a single weight changes; the bytes are checked bucket by bucket.
+
+def take(
+    incoming: Incoming,
+    engine: "Engine",
+    expected: Mapping[str, tuple[tuple[int, ...], str]] | None = None,
+    *,
+    mode: "UpdateMode" = "drain",
+) -> dict[str, float]:
+    """Bring an engine to the version on its way to it.
+
+    The announcement is checked before a single weight changes; the bytes are checked bucket by bucket.  An engine whose
+    update ends early has weights of two versions; it takes no step before a complete version has come.
 
     Args:
-        publication: what was announced.
-        transport: where its buffers are.
+        incoming: what comes.
         engine: takes the weights in place.
         expected: canonical name -> (shape, dtype name); None = what the engine says.
+        mode: what becomes of requests that are live.
+
+    Returns:
+        Seconds: `wait_s` for buckets, `verify_s` for checking them, `load_s`; changes are checked when loaded.
 
     Raises:
-        WeightError: naming the tensor that is missing, unknown, or of another shape, dtype or fingerprint.
+        WeightError: naming the tensor that is missing, unknown, or of another shape, dtype or fingerprint; or where
+            changes are to another version than the engine's.
     """
-    _check_announcement(publication, engine.weight_shapes() if expected is None else expected)
-    engine.begin_update(publication.version, "drain")
-    for bucket in publication.buckets:
-        engine.load(unpack_bucket(transport.get(bucket.handle), bucket.entries))
+    _check_announcement(incoming, engine.weight_shapes() if expected is None else expected)
+    if incoming.base is not None and engine.version != incoming.base:
+        raise WeightError(
+            f"changes to version {incoming.base} must be loaded by an engine that has it, got version "
+            f"{engine.version}; publish the complete version"
+        )
+    engine.begin_update(incoming.version, mode)
+    seconds = dict.fromkeys(("wait_s", "verify_s", "load_s"), 0.0)
+    arriving = incoming.arrive()
+    while True:
+        start = time.perf_counter()
+        item = next(arriving, None)
+        come = time.perf_counter()
+        seconds["wait_s"] += come - start
+        if item is None:
+            break
+        bucket, raw = item
+        if bucket.num_changed is None:
+            named = unpack_bucket(raw, bucket.entries)
+        else:
+            named = unpack_changes(raw, bucket.entries, bucket.num_changed)
+        verified = time.perf_counter()
+        engine.load(named)
+        seconds["verify_s"] += verified - come
+        seconds["load_s"] += time.perf_counter() - verified
     engine.end_update()
+    return seconds
 
 
 class InPlaceWeights:
-    """A module's parameters as the target of an update: copied in place, by canonical name, each exactly once.
+    """A module's parameters as the target of an update: copied in place, by canonical name, each element exactly once.
 
     In place, because captured graphs and tied parameters hold on to the memory.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self._parameters = dict(module.named_parameters())  # names tied parameters once
-        self._missing: set[str] = set()
+        self._missing: dict[str, int] = {}  # name -> next element, of those that have not come entirely
+        self._is_whole = True  # all of one version
+        self._may_change = False
 
     def shapes(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """Return canonical name -> (shape, dtype name)."""
-        return {name: (tuple(p.shape), _dtype_name(p.dtype)) for name, p in self._parameters.items()}
+        return {name: (tuple(p.shape), dtype_name(p.dtype)) for name, p in self._parameters.items()}
 
     def begin(self) -> None:
-        """Expect every parameter again."""
-        self._missing = set(self._parameters)
+        """Expect every parameter again; changes only where the update before has come to its end."""
+        self._missing = dict.fromkeys(self._parameters, 0)
+        self._may_change, self._is_whole = self._is_whole, False
 
     @torch.no_grad()
-    def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Copy named tensors.
+    def load(self, tensors: Iterable[tuple[str, Load]]) -> None:
+        """Copy named tensors, or the next part of one, or what has changed in it.
 
         Raises:
-            WeightError: on a name the module does not have, a name that came already, or another shape.
+            WeightError: on a name the module does not have, a name that came already, another shape, a part out of
+                turn, or changes that do not lead to the announced bytes.
         """
-        for name, tensor in tensors:
+        for name, load in tensors:
             if name not in self._parameters:
                 raise WeightError(_unknown(name, self._parameters))
             if name not in self._missing:
                 raise WeightError(f"tensor {name!r} must come once in an update that has begun; begin the update again")
             parameter = self._parameters[name]
-            if parameter.shape != tensor.shape:
-                raise WeightError(
-                    f"tensor {name!r} must have shape {tuple(parameter.shape)}, got {tuple(tensor.shape)}; "
-                    "learner and engine must run the same architecture"
-                )
-            parameter.copy_(tensor)
-            self._missing.discard(name)
+            match load:
+                case Part(start=start, values=values):
+                    stop = self._stop(name, start, values.numel())
+                    parameter.data.view(-1)[start:stop].copy_(values)
+                case Changes(entry=entry):
+                    stop = self._stop(name, entry.start, entry.count)
+                    self._change(parameter, load)
+                case _:
+                    if parameter.shape != load.shape:
+                        raise WeightError(
+                            f"tensor {name!r} must have shape {tuple(parameter.shape)}, got {tuple(load.shape)}; "
+                            "learner and engine must run the same architecture"
+                        )
+                    parameter.copy_(load)
+                    stop = parameter.numel()
+            self._missing[name] = stop
+            if stop == parameter.numel():
+                del self._missing[name]
+
+    def _stop(self, name: str, start: int, count: int) -> int:
+        """Return where a part ends, after checking that it is the next one."""
+        if start != self._missing[name] or start + count > self._parameters[name].numel():
+            raise WeightError(
+                f"the next part of tensor {name!r} must start at element {self._missing[name]} of "
+                f"{self._parameters[name].numel()}, got {count} from {start} on; begin the update again"
+            )
+        return start + count
+
+    def _change(self, parameter: nn.Parameter, changes: Changes) -> None:
+        entry = changes.entry
+        if not self._may_change:
+            raise WeightError(
+                f"changes to tensor {entry.name!r} must meet weights of one version, and the update before did not "
+                "come to its end; publish the complete version"
+            )
+        target = parameter.data.view(-1)[entry.start : entry.start + entry.count]
+        result = target.cpu()  # itself on a CPU
+        raw = result.view(torch.uint8).numpy()
+        raw.view(f"u{changes.word}")[changes.positions] = changes.values
+        check_fingerprint(entry, raw)
+        if result.data_ptr() != target.data_ptr():
+            target.copy_(result)
 
     def end(self) -> None:
         """Check that every parameter came.
@@ -204,18 +313,16 @@ class InPlaceWeights:
         """
         if self._missing:
             raise WeightError(f"an update must bring every tensor, missing {_some(self._missing)}; publish it again")
+        self._is_whole = True
 
 
-def _check_announcement(publication: Publication, expected: Mapping[str, tuple[tuple[int, ...], str]]) -> None:
-    announced: dict[str, TensorEntry] = {}
-    for entry in (entry for bucket in publication.buckets for entry in bucket.entries):
+def _check_announcement(incoming: Incoming, expected: Mapping[str, tuple[tuple[int, ...], str]]) -> None:
+    stops: dict[str, int] = {}  # name -> elements announced so far
+    for entry in incoming.plan:
         if entry.kind != "base":
             raise WeightError(
                 f"tensor {entry.name!r} must be of kind 'base', got {entry.kind!r}; publish merged weights"
             )
-        if entry.name in announced:
-            raise WeightError(f"tensor {entry.name!r} must be announced once, got it twice; publish tied tensors once")
-        announced[entry.name] = entry
         if entry.name not in expected:
             raise WeightError(_unknown(entry.name, expected))
         if (entry.shape, entry.dtype) != expected[entry.name]:
@@ -224,42 +331,15 @@ def _check_announcement(publication: Publication, expected: Mapping[str, tuple[t
                 f"tensor {entry.name!r} must be {dtype} {shape}, got {entry.dtype} {entry.shape}; "
                 "learner and engine must run the same architecture and publish the engine's dtype"
             )
-    missing = set(expected) - set(announced)
+        if entry.start != stops.get(entry.name, 0) or (entry.count == 0 and entry.name in stops):
+            raise WeightError(
+                f"tensor {entry.name!r} must be announced once, got elements from {entry.start} on after "
+                f"{stops.get(entry.name, 0)}; publish tied tensors once"
+            )
+        stops[entry.name] = entry.start + entry.count
+    missing = {name for name, (shape, _) in expected.items() if stops.get(name, -1) != math.prod(shape)}
     if missing:
-        raise WeightError(f"version {publication.version} must bring every tensor, missing {_some(missing)}")
-
-
-def _layout(sizes: Sequence[int]) -> tuple[list[int], int]:
-    """Return each tensor's offset and the buffer's size, e.g. sizes 4, 100 -> offsets 0, 64 and 192 bytes."""
-    offsets, end = [], 0
-    for size in sizes:
-        offsets.append(end)
-        end += -(-size // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
-    return offsets, end
-
-
-def _bytes_tensor(raw: np.ndarray) -> Tensor:
-    if raw.flags.writeable:
-        return torch.from_numpy(raw)
-    # torch warns about read-only memory such as an object store's, so that is copied.
-    copied = torch.empty(raw.size, dtype=torch.uint8)
-    copied.numpy()[:] = raw
-    return copied
-
-
-def _num_bytes(entry: TensorEntry) -> int:
-    return int(np.prod(entry.shape, dtype=np.int64)) * _torch_dtype(entry).itemsize
-
-
-def _torch_dtype(entry: TensorEntry) -> torch.dtype:
-    dtype = getattr(torch, entry.dtype, None)
-    if not isinstance(dtype, torch.dtype):
-        raise WeightError(f"the dtype of tensor {entry.name!r} must be a torch dtype, got {entry.dtype!r}")
-    return dtype
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+        raise WeightError(f"version {incoming.version} must bring every tensor, missing {_some(missing)}")
 
 
 def _unknown(name: str, known: Iterable[str]) -> str:

@@ -5,7 +5,7 @@ tokens), so that both sides draw the same number of tokens.  `generate` gets lef
 the engine has rows, and each batch runs to its longest response.  Cost is the process's CPU time, so neighbours on the
 machine disturb little.  Prints a table, and last one line of JSON.
 
-    python -m benchmarks.engine --model DIRECTORY
+    python -m benchmarks.engine --model DIRECTORY [--output FILE]
 """
 
 import os
@@ -15,7 +15,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -30,6 +29,7 @@ from actors.engine import Request, SamplingParams
 from actors.policy import eos_ids, load_model, load_tokenizer
 from actors.sampling import group_seed
 from actors.torch_engine import TorchEngine
+from benchmarks.machine import finish
 
 NUM_PROMPTS, NUM_SAMPLES, MEAN_LENGTH, MAX_LENGTH = 16, 4, 50.0, 128
 SIGMA = 0.9
@@ -67,7 +67,7 @@ def main() -> None:
     first = arguments.rows[0]
     report["speedup_over_generate"] = report[f"speedup_{first}"]
     report["tokens_per_cpu_s"] = report[f"engine_tokens_per_cpu_s_{first}"]
-    print(json.dumps(report))
+    finish(report, arguments.output)
 
 
 def forced_lengths(count: int, *, seed: int) -> np.ndarray:
@@ -154,6 +154,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, nargs="+", default=[16, 32], help="rows decoded together")
     parser.add_argument("--repeats", type=int, default=3, help="the median of so many runs counts")
     parser.add_argument("--threads", type=int, default=1, help="torch threads")
+    parser.add_argument("--output", help="file for the line of JSON")
     return parser.parse_args()
 
 

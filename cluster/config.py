@@ -43,7 +43,7 @@ class WeightsConfig(Config):
     process_group: one broadcast to all workers, bucket by bucket, which stop generating meanwhile."""
     bucket_bytes: int = Field(default=32 * 2**20, ge=2**10)
     """Tensors are gathered and sent in runs of about this size; one larger tensor is a bucket of its own."""
-    timeout_s: float = Field(default=60.0, gt=0)
+    timeout_s: float = Field(default=30.0, gt=0)
     """Longest time that one bucket's broadcast may hold the learner, seconds; workers that are later take the weights
     from the object store."""
     delta: bool = False
@@ -76,11 +76,21 @@ class PipelineConfig(Config):
     """Groups that may fail through their own fault, in the whole run, before it ends."""
 
     @model_validator(mode="after")
-    def _nothing_is_in_flight_on_policy(self) -> "PipelineConfig":
+    def _weights_can_change(self) -> "PipelineConfig":
         if self.max_staleness == 0 and self.in_flight_updates is not None:
             raise ValueError(
                 f"in_flight_updates must be left out with max_staleness 0, got {self.in_flight_updates}: no sample is "
                 "in flight when weights change; raise max_staleness"
+            )
+        if self.weights.transport == "process_group" and self.in_flight_updates == "drain":
+            raise ValueError(
+                "in_flight_updates must be keep or reprefill with weights.transport process_group, got drain: the "
+                "broadcast would wait for the longest sample; change one of them"
+            )
+        if self.weights.transport == "process_group" and self.weights.timeout_s >= self.heartbeat_s:
+            raise ValueError(
+                f"weights.timeout_s must be below heartbeat_s = {self.heartbeat_s:g} with weights.transport "
+                f"process_group, got {self.weights.timeout_s:g}: a worker that waits for a bucket would seem hung"
             )
         return self
 

@@ -10,9 +10,10 @@ thrown away and counted, so no result is taken twice.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from actors.streams import StreamOffer
 from cluster.calls import Calls, Heartbeats, Pending
 from cluster.fleet import Fleet, FleetConfig, FleetError, Member, MemberState, NotReadyError
 from cluster.ledger import GroupState, Ledger
@@ -64,6 +65,7 @@ class Dispatcher:
         self._num_groups = 0
         self._target: Weights | None = None
         self._publication: Any = None
+        self._base: Weights | None = None
         self._largest_group = 0
         self.usage = FleetUsage(self.fleets)
         self.stats: dict[WorkerId, dict[str, float]] = {}
@@ -101,12 +103,50 @@ class Dispatcher:
                 if member.state is MemberState.UP and not self._calls.owes(member.worker, Verb.STATS):
                     self._call(member.worker, Verb.STATS, None, now)
 
-    def publish(self, weights: Weights, publication: Any, now: float) -> None:
-        """Make a publication the one that every group is generated with from now on."""
-        self._target, self._publication, self.weights_lost = weights, publication, ""
+    def publish(self, weights: Weights, publication: Any, now: float, *, base: Weights | None = None) -> None:
+        """Make a publication the one that every group is generated with from now on.
+
+        Args:
+            weights: what it holds.
+            publication: what workers are given to load it; None while it is offered to some of them, see `offer`.
+            now: seconds.
+            base: what a worker must sample from to be able to take it on; None = anything.
+        """
+        self._target, self._publication, self._base, self.weights_lost = weights, publication, base, ""
         for member in self.fleets[Role.ROLLOUT].members:
             member.load_failure = ""
         self._dispatch(now)
+
+    def offer(
+        self, weights: Weights, make: Callable[[tuple[str, ...]], StreamOffer], now: float, *, base: Weights | None
+    ) -> StreamOffer | None:
+        """Offer weights that are about to be broadcast to the workers that can take part; None where none can.
+
+        Others, and those for whom it fails, want them another way: see `weights_wanted`.
+        """
+        self.publish(weights, None, now, base=base)
+        members = [member for member in self.fleets[Role.ROLLOUT].outdated(weights) if self._can_follow(member)]
+        if not members:
+            return None
+        offer = make(tuple(str(member.worker) for member in members))
+        for member in members:
+            member.loading = weights
+            self._call(member.worker, Verb.LOAD, offer.seat(str(member.worker)), now)
+        self._dispatch(now)
+        return offer
+
+    @property
+    def weights_wanted(self) -> bool:
+        """Whether a worker is up that the newest weights cannot come to in the way that they went out."""
+        if self._target is None:
+            return False
+        fleet = self.fleets[Role.ROLLOUT]
+        if self._publication is None:
+            return bool(fleet.outdated(self._target) or fleet.failed_loads())
+        return not all(map(self._can_follow, fleet.outdated(self._target)))
+
+    def _can_follow(self, member: Member) -> bool:
+        return self._base is None or member.weights == self._base
 
     def admit(self, round_id: Any, groups: Mapping[str, Any], ledger: Ledger, now: float, *, rank: int = 0) -> None:
         """Take groups (id -> work) into a round, which begins with its first ones; see `Round.rank`."""
@@ -252,7 +292,7 @@ class Dispatcher:
         Once is no proof: the learner that published may have died since.  The worker waits for the next publication.
         """
         fleet = self.fleets[Role.ROLLOUT]
-        failed = fleet.failed_loads()
+        failed = fleet.failed_loads() if self._publication is not None else []
         if failed and any(member.weights == self._target for member in fleet.members if member.state is MemberState.UP):
             for member in failed:
                 self._lose_if_sick(member, member.load_failure, now)
@@ -354,9 +394,10 @@ class Dispatcher:
 
     def _load_and_generate(self, target: Weights, now: float) -> None:
         rollouts = self.fleets[Role.ROLLOUT]
-        for member in rollouts.outdated(target):
-            member.loading = target
-            self._call(member.worker, Verb.LOAD, self._publication, now)
+        for member in rollouts.outdated(target) if self._publication is not None else ():
+            if self._can_follow(member):
+                member.loading = target
+                self._call(member.worker, Verb.LOAD, self._publication, now)
         while self._waiting and not self._is_held_back() and (free := rollouts.pick(target)) is not None:
             self._generate(self._waiting.pop(), free, target, now)
 

@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 
+from actors.streams import StreamOffer
 from actors.weights import Publication, WeightTransport
 from cluster.config import RunConfig
 from cluster.placement import Processes
@@ -16,6 +17,7 @@ from cluster.ranks import GangError, GangPlace, Ranks
 from cluster.storage import StorageError
 from learner.batch import StepPlan
 from learner.learner import LearnerRank, Skipped
+from learner.outlets import Streamed
 
 
 class _Rank(LearnerRank):
@@ -59,11 +61,26 @@ class LearnerGang:
         answer: dict[str, float] | Skipped = self._call(calls, f"learning step {plan.step}")[0]
         return answer
 
-    def publish(self, version: int, incarnation: int) -> Publication:
-        """Gather the weights and make them available as `version`."""
-        calls = [rank.publish.remote(version, incarnation) for rank in self._ranks.actors]
-        publication: Publication = self._call(calls, f"publishing version {version}")[0]
-        return publication
+    def publish(
+        self, version: int, incarnation: int, *, offer: StreamOffer | None, base: int | None
+    ) -> Publication | Streamed:
+        """Gather the weights and make them available as `version`, or send them to whom a stream is offered.
+
+        Args:
+            version: of the policy.
+            incarnation: of the learner.
+            offer: who gets it as a stream, which may fail while the ranks are well; None = whoever fetches it.
+            base: the version that all receivers have, where changes to it would do.
+        """
+        calls = [rank.publish.remote(version, incarnation, offer=offer, base=base) for rank in self._ranks.actors]
+        announced: Publication | Streamed = self._call(calls, f"publishing version {version}")[0]
+        return announced
+
+    def stream_endpoint(self) -> tuple[str, int]:
+        """Return the address and port where the receivers of a stream meet rank 0."""
+        call = self._ranks.actors[0].stream_endpoint.remote()
+        endpoint: tuple[str, int] = self._call([call], "opening the stream's store")[0]
+        return endpoint
 
     def begin_save(self, directory: str) -> None:
         """Copy the state into the ranks' memory, from where they write it into a directory meanwhile."""
@@ -157,6 +174,9 @@ class LearnerStarter:
             "temperature": config.rollouts.temperature,
             "max_new_tokens": config.rollouts.max_new_tokens,
             "credit": config.reward.credit,
+            "max_staleness": config.pipeline.max_staleness,
+            "bucket_bytes": config.pipeline.weights.bucket_bytes,
+            "sends_delta": config.pipeline.weights.delta,
             "seed": config.run.seed,
             "rank": rank,
             "world_size": processes.count,

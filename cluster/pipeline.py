@@ -2,9 +2,11 @@
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from actors.prompts import DrawnPrompt
+from actors.streams import StreamOffer
 from actors.weights import Publication
 from cluster.groups import Batch
 from cluster.messages import Weights
@@ -40,7 +42,7 @@ class Pipeline:
         """Return the step's judged groups, drawn at the first call.
 
         Raises:
-            WeightsLostError: publish the weights again, then ask again.
+            WeightsLostError, WeightsWantedError: publish the weights again, then ask again.
             FleetError: no worker is left.
             RetriesError: the machinery failed a group too often.
             DataError: too many groups failed through their own fault.
@@ -64,7 +66,24 @@ class Pipeline:
     def publish(self, publication: Publication) -> None:
         """Make a version the one that everything is generated with from now on; workers fetch it when they can."""
         weights = Weights(incarnation=publication.incarnation, version=publication.version)
-        self._ask(self._core.publish, weights, publication)
+        base = None if publication.base is None else replace(weights, version=publication.base)
+        self._ask(self._core.publish, weights, publication, base)
+
+    def offer(
+        self, weights: Weights, make: Callable[[tuple[str, ...]], StreamOffer], *, base: Weights | None
+    ) -> StreamOffer | None:
+        """Make a version that is about to be broadcast the one that everything is generated with from now on.
+
+        Args:
+            weights: the version.
+            make: members -> the offer, which each of them is given.
+            base: what they must have; None = anything.
+
+        Returns:
+            The offer; None where no worker can take part.
+        """
+        offer: StreamOffer | None = self._ask(self._core.offer, weights, make, base)
+        return offer
 
     def settle(self, batch: Batch, *, dropped: str | None = None) -> dict[str, int]:
         """End a batch's groups, TRAINED or DROPPED for a reason; return the ledger's counts, which add up."""

@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from actors.prompts import DrawnPrompt
+from actors.streams import StreamOffer
 from cluster.config import RunConfig
 from cluster.dispatcher import DataError, Dispatcher
 from cluster.draws import Draw, Draws, Place, Prompts
@@ -32,6 +33,10 @@ _DRAWN_AT_ONCE = 256
 
 _FLUSH_S = 0.5
 """Transitions wait at most so long for their transaction."""
+
+
+class WeightsWantedError(RuntimeError):
+    """The newest weights went out in a way that a worker cannot take part in; publish them once more, for it alone."""
 
 
 class WeightsLostError(RuntimeError):
@@ -160,9 +165,15 @@ class PipelineCore:
             self._dispatcher.admit(name, {work.group_id: work for work in works}, Ledger(), self._clock())
         return self._when_done(name)
 
-    def publish(self, weights: Weights, publication: Any) -> None:
-        """Make weights the ones that everything is generated with from now on."""
-        self._dispatcher.publish(weights, publication, self._clock())
+    def publish(self, weights: Weights, publication: Any, base: Weights | None = None) -> None:
+        """Make weights the ones that everything is generated with from now on; see `Dispatcher.publish`."""
+        self._dispatcher.publish(weights, publication, self._clock(), base=base)
+
+    def offer(
+        self, weights: Weights, make: Callable[[tuple[str, ...]], StreamOffer], base: Weights | None
+    ) -> StreamOffer | None:
+        """Make weights that are about to be broadcast the newest; see `Dispatcher.offer`."""
+        return self._dispatcher.offer(weights, make, self._clock(), base=base)
 
     def replay(self, batch: Batch) -> None:
         """Account for a batch that was read from the redo log, as if it had been generated now."""
@@ -347,6 +358,8 @@ class PipelineCore:
             error = DataError(f"at least one group must be answered, and all failed: {round_.quarantined}")
         if error is None and self._dispatcher.weights_lost and not round_.is_done:
             error = WeightsLostError(self._dispatcher.weights_lost)
+        if error is None and self._dispatcher.weights_wanted and not round_.is_done:
+            error = WeightsWantedError("a rollout worker has no way to the newest weights")
         if error is not None:
             open_round.waiter, waiter = None, open_round.waiter
             _fail(waiter, error)

@@ -17,6 +17,7 @@ from typing import Any, Protocol, TypeVar
 
 import pyarrow as pa
 
+from actors.streams import StreamOffer
 from actors.weights import Publication
 from cluster.pipeline import Batch
 from cluster.ranks import GangError
@@ -25,6 +26,7 @@ from cluster.storage import RunStorage
 from learner.batch import StepPlan
 from learner.controller import StepController
 from learner.learner import MismatchError, Skipped
+from learner.outlets import Streamed
 from learner.state import StateError
 
 MAX_SKIPPED = 3
@@ -58,8 +60,13 @@ class Gang(Protocol):
     def step(self, plan: StepPlan, tables: Sequence[Any]) -> dict[str, float] | Skipped:
         """Learn from SCORED tables, or references to them."""
 
-    def publish(self, version: int, incarnation: int) -> Publication:
-        """Make the weights available."""
+    def publish(
+        self, version: int, incarnation: int, *, offer: StreamOffer | None, base: int | None
+    ) -> Publication | Streamed:
+        """Make the weights available, or send them to whom they are offered."""
+
+    def stream_endpoint(self) -> tuple[str, int]:
+        """Return where the receivers of a stream meet the ranks."""
 
     def begin_save(self, directory: str) -> None:
         """Copy the state, and begin to write it into a directory."""
@@ -200,9 +207,26 @@ class RecoveringLearner:
             self._stop_if_hopeless(result.skipped)
         return StepResult(metrics=result.metrics | {"learn_s": time.perf_counter() - started}, skipped=result.skipped)
 
-    def publish(self, version: int) -> Publication:
-        """Gather the weights and make them available as `version` of the current incarnation."""
-        return self._ask(lambda gang: gang.publish(version, self.incarnation))
+    def publish(self, version: int, *, base: int | None = None) -> Publication:
+        """Gather the weights and make them available as `version` of the current incarnation.
+
+        Args:
+            version: of the policy.
+            base: the version that changes may be sent to; None = everything is sent.
+        """
+        publication = self._ask(lambda gang: gang.publish(version, self.incarnation, offer=None, base=base))
+        assert isinstance(publication, Publication), "nothing was offered"
+        return publication
+
+    def stream(self, offer: StreamOffer, *, base: int | None) -> str:
+        """Send the weights to whom they are offered; return why not all of them can have them, empty where all can."""
+        streamed = self._ask(lambda gang: gang.publish(offer.version, offer.incarnation, offer=offer, base=base))
+        assert isinstance(streamed, Streamed), "it was offered"
+        return streamed.failure
+
+    def stream_endpoint(self) -> tuple[str, int]:
+        """Return the address and port where the receivers of a stream meet the ranks."""
+        return self._ask(lambda gang: gang.stream_endpoint())
 
     def check(self) -> None:
         """Make sure that all ranks live; what is published next is of a new incarnation."""

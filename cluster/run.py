@@ -16,7 +16,7 @@ from cluster.ledger import LedgerJournal
 from cluster.ledger_store import LedgerStore
 from cluster.metrics import FAULTS, Recorder
 from cluster.pipeline import Batch
-from cluster.pipeline_core import WeightsLostError
+from cluster.pipeline_core import WeightsLostError, WeightsWantedError
 from cluster.pool import WorkerError
 from cluster.recovery import DurableIncarnations, StepResult
 from cluster.redo import RedoError
@@ -187,17 +187,22 @@ class Run(Session):
 
     def _asking(self, ask: Callable[[], Answer], *, version: int) -> Answer:
         """Ask the pipeline; weights that were lost with the rank that held them are published again."""
-        if self.learner.incarnation != self._published_incarnation:
+        if self._published is None or self.learner.incarnation != self._published.incarnation:
             self.publish(version)  # ranks that were started again may differ in a last bit, and hold what was published
-        for _ in range(self.config.pipeline.max_restarts):
+        num_lost = 0
+        while True:
             try:
                 return ask()
+            except WeightsWantedError:  # a worker that was started again catches up alone
+                self._publish_to_store(version)
             except WeightsLostError as error:
+                num_lost += 1
+                if num_lost > self.config.pipeline.max_restarts:
+                    raise
                 self._num_lost_publications += 1
                 self.display.say(f"version {version} of the weights is published again: {error}")
                 self.learner.check()
-                self.publish(version)
-        return ask()
+                self._publish_to_store(version)
 
     def _wait_for_batch(self, step: int) -> Batch:
         try:
@@ -230,6 +235,7 @@ class Run(Session):
             "num_learner_restarts": self.learner.num_restarts,
             "num_replayed_steps": self.learner.num_replayed,
             "num_lost_publications": self._num_lost_publications,
+            "num_broken_streams": self.num_broken_streams,
             "num_failed_checkpoints": self._num_failed_checkpoints,
             "num_failed_ledger_writes": self._store.num_failed_writes,
             "num_lost_ledger_transitions": self._store.num_lost,

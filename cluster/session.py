@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from itertools import count
 from typing import Any
 
@@ -16,11 +17,12 @@ from actors.config import PromptsConfig
 from actors.policy import PromptEncoder, load_tokenizer, max_positions
 from actors.prompts import DrawnPrompt, PromptSource, fitting
 from actors.rollout_worker import RolloutWorker
+from actors.streams import StreamOffer
 from cluster.config import ConfigError, RunConfig
 from cluster.fleet import NotReadyError
 from cluster.gang import LearnerStarter
 from cluster.ledger import Ledger, LedgerJournal, Unrecorded
-from cluster.messages import Role
+from cluster.messages import Role, Weights
 from cluster.pipeline import Batch, Pipeline
 from cluster.pipeline_core import PipelineCore
 from cluster.placement import Placement, PlacementError, join_cluster, plan_placement
@@ -48,7 +50,9 @@ class Session:
     learner: RecoveringLearner
     held_out: list[DrawnPrompt]
     _model_dir: str
-    _published_incarnation: int
+    _published: Weights | None = None
+    _stream_members: tuple[str | int, ...] = ()
+    _stream_epoch: int = 0
     _sources: list[PromptSource]
 
     def __init__(self, config: RunConfig, *, display: Display | None = None) -> None:
@@ -59,6 +63,8 @@ class Session:
         """The last step that is done."""
         self.redo = RedoLog(self.storage)
         self.publish_s = 0.0
+        self.num_broken_streams = 0
+        """Broadcasts of weights that not all workers could take part in to the end."""
         self._exit = ExitStack()
         self._exit.callback(self.display.stop)
         try:
@@ -80,10 +86,47 @@ class Session:
     def publish(self, version: int) -> None:
         """Give the learner's weights to every rollout worker as `version`."""
         started = time.perf_counter()
-        publication = self.learner.publish(version)
-        self.pipeline.publish(publication)
-        self._published_incarnation = publication.incarnation
+        base = self._published.version if self._published and self.config.pipeline.weights.delta else None
+        if self.config.pipeline.weights.transport == "object_store" or not self._stream(version, base):
+            self._publish_to_store(version, base)
         self.publish_s = time.perf_counter() - started
+
+    def _publish_to_store(self, version: int, base: int | None = None) -> None:
+        publication = self.learner.publish(version, base=base)
+        self.pipeline.publish(publication)
+        self._published = Weights(incarnation=publication.incarnation, version=version)
+
+    def _stream(self, version: int, base: int | None) -> bool:
+        """Broadcast the weights to the workers that are there; return whether all of them could have them."""
+        endpoint = self.learner.stream_endpoint()
+        weights = Weights(incarnation=self.learner.incarnation, version=version)
+        is_next = base is not None and self._published == replace(weights, version=base)
+
+        def make(members: tuple[str, ...]) -> StreamOffer:
+            if self._stream_members != (*endpoint, *members):
+                self._stream_epoch += 1
+            self._stream_members = (*endpoint, *members)
+            return StreamOffer(
+                epoch=self._stream_epoch,
+                address=endpoint[0],
+                port=endpoint[1],
+                members=members,
+                version=version,
+                incarnation=weights.incarnation,
+                timeout_s=self.config.pipeline.weights.timeout_s,
+            )
+
+        offer = self.pipeline.offer(weights, make, base=self._published if is_next else None)
+        if offer is None:
+            return False
+        failure = self.learner.stream(offer, base=base if is_next else None)
+        if failure:
+            self._stream_members = ()  # the next stream has a group of its own
+            self.num_broken_streams += 1
+            self.display.say(f"version {version} goes through the object store: {failure}")
+            return False
+        self._published = weights
+        return True
 
     def answer_held_out(self, version: int) -> tuple[Batch, dict[str, float]]:
         """Answer and judge the held-out prompts with the current policy; return them with metrics named `eval_...`."""

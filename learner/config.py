@@ -58,6 +58,12 @@ class LearnerConfig(Config):
     """Trunk tokens in one forward-backward; a group above it is split by samples."""
     chunk_tokens: int = Field(default=512, ge=1)
     """Response tokens whose logits exist at one time."""
+    softmax_bytes: int = Field(default=2**29, ge=0)
+    """Softmax over the vocabulary that a rank keeps from forward to backward, bytes; what is above is computed again."""
+    first_epoch_tokens: int = Field(default=4096, ge=0)
+    """Trunk tokens of the first epoch whose activations a rank keeps until the step's targets are known, so that values
+    and old log-probs take no forward pass of their own; what is above is computed twice. 0 = none. With one minibatch
+    and ZeRO below 3."""
     critic: Literal["trunk", "separate"] = "trunk"
     """Value head on the policy's trunk, or a network of its own that starts as a copy of the policy."""
     lora: LoraConfig | None = None

@@ -4,6 +4,7 @@ What each rank computes is fixed by the plan; every denominator is the minibatch
 depend on how many ranks or micro-batches there are.
 """
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -15,28 +16,27 @@ from transformers import PreTrainedModel
 from actors.config import PolicyConfig
 from actors.faults import fault
 from actors.policy import load_model, resolve_dtype
-from actors.rows import GroupRow, PromptGroup, split_responses
+from actors.streams import StreamOffer
 from actors.weights import Publication, WeightTransport
 from learner import state
 from learner.algorithm_config import AlgorithmConfig
 from learner.batch import Microbatch, StepPlan, Update
 from learner.config import LearnerConfig
-from learner.experience import FirstPass, judge
+from learner.experience import judge
+from learner.first_pass import BatchScorer, Scored
 from learner.losses import aggregation_weights
-from learner.meters import Meter, summarise
+from learner.meters import Meter, staleness, summarise
 from learner.model import Scoring
 from learner.networks import Networks
 from learner.objective import SHARE_NAMES, MinibatchLoss, Predictions, Weighting, minibatch_loss
 from learner.off_policy import mismatch
 from learner.optimizer import NonFiniteError
-from learner.publisher import Publisher, export_policy
+from learner.outlets import Streamed
+from learner.publisher import DEFAULT_BUCKET_BYTES, Publisher, export_policy
 from learner.reference import MovingReference
-from learner.samples import Sample, prompt_groups, read_samples, sample_indices
+from learner.samples import Sample, read_samples, sample_indices
 from learner.step_batch import StepBatch
 from reward.credit_config import CreditConfig
-
-_EMPTY = (PromptGroup(prompt_ids=[0], responses=[[0]]),)
-"""What an empty micro-batch computes, with weight 0: sharded parameters are gathered by all ranks together."""
 
 MAX_LOGPROB_GAP = 1e-3
 """Largest difference between recorded and recomputed float32 log-probs; rounding stays two orders below."""
@@ -74,6 +74,9 @@ class LearnerRank:
         transport: WeightTransport,
         max_new_tokens: int,
         credit: CreditConfig | None = None,
+        max_staleness: int = 0,
+        bucket_bytes: int = DEFAULT_BUCKET_BYTES,
+        sends_delta: bool = False,
     ) -> None:
         assert world_size == learner.num_ranks, f"the gang has {world_size} ranks, its config {learner.num_ranks}"
         if num_threads > 0:
@@ -84,21 +87,35 @@ class LearnerRank:
         self._rank = rank
         self._device = torch.device(device)
         self._max_new_tokens, self._credit = max_new_tokens, credit
+        self._max_staleness = max_staleness
         dtype = resolve_dtype(policy.dtype, self._device)
         self._is_exact = dtype == torch.float32
-        self._records_are_old = _records_are_old(algorithm, is_exact=self._is_exact)
+        self._records_are_old = _records_are_old(algorithm, is_exact=self._is_exact, max_staleness=max_staleness)
         model = self._load_model(policy, dtype)
         scoring = Scoring(
             temperature=temperature,
             chunk_tokens=learner.chunk_tokens,
             entropy_gradient=algorithm.entropy_coef > 0,
+            kept_bytes=learner.softmax_bytes,
         )
         self._networks = Networks(
             model, learner, scoring=scoring, dtype=dtype, rank=rank, has_values=algorithm.needs_values
         )
         self._version: int | None = None  # published last; None = the weights that were loaded
-        self._publisher = Publisher(self._networks.module.policy, self._networks.policy, transport)
+        self._publisher = Publisher(
+            self._networks.module.policy,
+            self._networks.policy,
+            transport,
+            bucket_bytes=bucket_bytes,
+            has_delta=sends_delta,
+        )
         self._reference = self._moving_reference(policy, learner, temperature)
+        self._scorer = BatchScorer(
+            self._networks,
+            self._reference,
+            records_are_old=self._records_are_old,
+            kept_tokens=learner.first_epoch_tokens,
+        )
         self._saver = state.Saver()
 
     def step(self, tables: Sequence[pa.Table], plan: StepPlan) -> dict[str, float] | Skipped:
@@ -116,7 +133,7 @@ class LearnerRank:
             MismatchError: when the samples' recorded log-probs are not those of this policy.
         """
         samples = read_samples(tables, plan)
-        first_pass = self._first_pass(samples, plan)
+        first_pass, kept = self._scorer.first_pass(samples, plan)
         targets, metrics = judge(samples, first_pass, plan, self._algorithm, self._credit)
         batch = StepBatch(
             plan=plan, samples=samples, targets=targets, is_only_update_on_policy=self._is_on_policy(samples, plan)
@@ -124,7 +141,7 @@ class LearnerRank:
         num_updates = self._num_updates()
         fault("learner.before_backward", self._rank)
         try:
-            meters = self._updates(batch)
+            meters = self._updates(batch, kept)
         except NonFiniteError as error:
             return Skipped(reason=str(error), has_changed=self._num_updates() != num_updates)
         fault("learner.after_update", self._rank)
@@ -132,13 +149,23 @@ class LearnerRank:
         self._check_gap(meters[0].gap, plan)
         if self._reference is not None:
             self._reference.follow(plan.step)
-        return metrics | mismatch(log_ratios) | summarise(meters, plan, self._algorithm)
+        metrics |= mismatch(log_ratios) | summarise(meters, plan, self._algorithm)
+        return metrics | (staleness(samples, plan, self._max_staleness) if self._max_staleness else {})
 
-    def publish(self, version: int, incarnation: int) -> Publication | None:
-        """Make the policy's weights available as `version`; rank 0 returns the announcement, other ranks None."""
+    def publish(
+        self, version: int, incarnation: int, *, offer: StreamOffer | None = None, base: int | None = None
+    ) -> Publication | Streamed | None:
+        """Make the policy's weights available as `version`; rank 0 returns the announcement, other ranks None.
+
+        See `Publisher.publish` for `offer` and `base`.
+        """
         fault("learner.publish", self._rank)
         self._version = version
-        return self._publisher.publish(version, incarnation)
+        return self._publisher.publish(version, incarnation, offer=offer, base=base)
+
+    def stream_endpoint(self) -> tuple[str, int]:
+        """Return the address and port where receivers of a stream meet rank 0; for rank 0 alone."""
+        return self._publisher.endpoint()
 
     def begin_save(self, directory: str) -> None:
         """Copy this rank's share of the state, and begin to write it into a directory; steps may be made meanwhile.
@@ -211,58 +238,31 @@ class LearnerRank:
         """Return the number of updates of all engines."""
         return sum(engine.num_updates for engine in self._networks.engines.values())
 
-    @torch.no_grad()
-    def _first_pass(self, samples: Sequence[Sample], plan: StepPlan) -> list[FirstPass]:
-        """Compute what this step's targets need (values, old and reference log-probs), sharing the work over ranks."""
-        needs_forward = self._networks.has_values or not self._records_are_old
-        if not needs_forward and self._reference is None:
-            return [_without_networks(sample) for sample in samples]
-        mine: dict[int, FirstPass] = {}
-        for microbatch in plan.value_ranks[self._rank]:
-            row = self._row(microbatch, samples, plan)
-            indices = sample_indices(microbatch, plan)
-            parts = [_without_networks(samples[index]) for index in indices]
-            if needs_forward:
-                forward = self._networks.forward(row, has_tokens=not self._records_are_old)
-                if self._networks.has_values:
-                    values = split_responses(forward.values.cpu(), [length + 1 for length in row.lengths])
-                    parts = [replace(part, values=value) for part, value in zip(parts, values, strict=False)]
-                if not self._records_are_old:
-                    old = split_responses(forward.logprobs.cpu(), row.lengths)
-                    parts = [replace(part, logprobs=logprobs) for part, logprobs in zip(parts, old, strict=False)]
-            if self._reference is not None:
-                theirs = split_responses(self._reference.logprobs(row).cpu(), row.lengths)
-                parts = [replace(part, ref_logprobs=logprobs) for part, logprobs in zip(parts, theirs, strict=False)]
-            # an empty micro-batch has no samples: what its dummy row says is dropped by the zips
-            mine |= dict(zip(indices, parts, strict=True))
-        merged: dict[int, FirstPass] = {}
-        for part_of_rank in self._networks.policy.all_gather(mine):
-            merged |= part_of_rank
-        return [merged[index] for index in range(len(samples))]
-
-    def _updates(self, batch: StepBatch) -> list[Meter]:
+    def _updates(self, batch: StepBatch, kept: deque[Scored]) -> list[Meter]:
         """Run the step's updates, until the policy is further from the old one than allowed."""
         meters: list[Meter] = []
         for update in batch.plan.updates:
-            meters.append(self._update(update, batch, is_first=not meters))
+            meters.append(self._update(update, batch, kept, is_first=not meters))
             limit = self._algorithm.target_kl
             if limit is not None and meters[-1].share("approx_kl") > limit:
                 break
         return meters
 
-    def _update(self, update: Update, batch: StepBatch, *, is_first: bool) -> Meter:
-        """Run one minibatch's micro-batches and the optimizer update."""
+    def _update(self, update: Update, batch: StepBatch, kept: deque[Scored], *, is_first: bool) -> Meter:
+        """Run one minibatch's micro-batches and the optimizer update; the first ones are those that were kept."""
         sums = torch.zeros(len(SHARE_NAMES), dtype=torch.float64)
         maxima = torch.zeros(2, dtype=torch.float64)  # ratio, gap to the recorded log-probs
         log_ratios: list[torch.Tensor] = []
         for microbatch in update.ranks[self._rank]:
-            loss, logprobs = self._microbatch(microbatch, update, batch)
+            # a kept graph is freed by its backward pass, so memory falls from one to the next
+            scored = kept.popleft() if kept else self._scorer.score(microbatch, batch.samples, batch.plan)
+            loss, logprobs = self._microbatch(microbatch, scored, update, batch)
             sums += loss.shares.cpu()
             members = [batch.samples[index] for index in sample_indices(microbatch, batch.plan)]
             gap = torch.zeros(())
             if is_first and members:
                 differences = logprobs.cpu() - torch.cat([sample.logprobs for sample in members])
-                gap = self._gap(differences, members)
+                gap = self._gap(differences, members, batch.plan)
                 log_ratios.append(differences[torch.cat([sample.loss_mask for sample in members])])
             maxima = torch.maximum(maxima, torch.stack([loss.ratio_max.detach().cpu(), gap]).double())
         gradient_norm = self._networks.step(update.learning_rate)
@@ -277,11 +277,10 @@ class LearnerRank:
         )
 
     def _microbatch(
-        self, microbatch: Microbatch, update: Update, batch: StepBatch
+        self, microbatch: Microbatch, scored: Scored, update: Update, batch: StepBatch
     ) -> tuple[MinibatchLoss, torch.Tensor]:
-        """Run one forward and backward; return its loss and the current log-probs."""
-        row = self._row(microbatch, batch.samples, batch.plan)
-        forward = self._networks.forward(row)
+        """Run one backward pass; return its loss and the current log-probs."""
+        row, forward = scored.row, scored.forward
         values = forward.values[row.token_states] if self._networks.has_values else None
         predictions = Predictions(logprobs=forward.logprobs, entropy=forward.entropy, values=values)
         indices = sample_indices(microbatch, batch.plan)
@@ -311,11 +310,17 @@ class LearnerRank:
         mine = torch.cat(first.log_ratios).numpy() if first.log_ratios else np.zeros(0, np.float32)
         return torch.from_numpy(np.concatenate(self._networks.policy.all_gather(mine)))
 
-    def _gap(self, differences: torch.Tensor, samples: Sequence[Sample]) -> torch.Tensor:
-        """Return the largest difference to recorded log-probs, over loss tokens sampled from the published version."""
-        comparable = torch.cat([sample.loss_mask for sample in samples])
-        if self._version is not None:
-            comparable = comparable & (torch.cat([sample.policy_versions for sample in samples]) == self._version)
+    def _gap(self, differences: torch.Tensor, samples: Sequence[Sample], plan: StepPlan) -> torch.Tensor:
+        """Return the largest difference to recorded log-probs, over loss tokens of the step's first policy.
+
+        Only samples that it generated from the first token to the last: a token that follows on older ones was sampled
+        with their keys and values.  After a replay, whose weights were not published, no token is compared.
+        """
+        version = plan.step - 1  # what step n left is version n
+        if self._version not in (None, version):
+            return torch.zeros(())
+        is_whole = [(sample.policy_versions == version).all().expand_as(sample.loss_mask) for sample in samples]
+        comparable = torch.cat([sample.loss_mask for sample in samples]) & torch.cat(is_whole)
         return torch.where(comparable, differences.abs(), 0.0).max()
 
     def _check_gap(self, gap: float, plan: StepPlan) -> None:
@@ -326,16 +331,11 @@ class LearnerRank:
                 f"{gap:.3g} (step {plan.step}); the engine samples from other weights, or attends in another way"
             )
 
-    def _row(self, microbatch: Microbatch, samples: Sequence[Sample], plan: StepPlan) -> GroupRow:
-        groups = prompt_groups(microbatch, samples, plan) or _EMPTY
-        return self._networks.module.scorer.row(groups).to(self._device)
 
+def _records_are_old(algorithm: AlgorithmConfig, *, is_exact: bool, max_staleness: int) -> bool:
+    """Return whether recorded log-probs stand for the old policy's.
 
-def _without_networks(sample: Sample) -> FirstPass:
-    return FirstPass(values=torch.zeros(sample.logprobs.shape[0] + 1))
-
-
-def _records_are_old(algorithm: AlgorithmConfig, *, is_exact: bool) -> bool:
-    """Return whether recorded log-probs stand for the old policy's; in half precision they are the engine's own."""
+    Not where they are of older policies, and not in half precision, where they are the engine's own.
+    """
     setting = algorithm.off_policy.old_logprobs
-    return is_exact if setting == "auto" else setting == "recorded"
+    return is_exact and max_staleness == 0 if setting == "auto" else setting == "recorded"

@@ -8,6 +8,7 @@ import torch
 from learner.algorithm_config import AlgorithmConfig
 from learner.batch import StepPlan
 from learner.objective import SHARE_NAMES
+from learner.samples import Sample
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,3 +43,14 @@ def summarise(meters: Sequence[Meter], plan: StepPlan, algorithm: AlgorithmConfi
         "learning_rate": made[-1].learning_rate,
         "num_tokens": float(sum(update.num_tokens for update in made if update.epoch == 0)),
     }
+
+
+def staleness(samples: Sequence[Sample], plan: StepPlan, max_staleness: int) -> dict[str, float]:
+    """Return how many policy versions lie between sampling and learning, over the batch's loss tokens.
+
+    Two tokens of version 3 and two of version 5 in step 6: staleness_0 0.5, staleness_2 0.5, mean 1, max 2.
+    """
+    mask = torch.cat([sample.loss_mask for sample in samples])
+    ages = (plan.step - 1) - torch.cat([sample.policy_versions for sample in samples])[mask].long()
+    shares = {f"staleness_{age}": float((ages == age).double().mean()) for age in range(max_staleness + 1)}
+    return {"staleness_mean": float(ages.double().mean()), "staleness_max": float(ages.max())} | shares

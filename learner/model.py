@@ -12,9 +12,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from actors.rows import GroupRow
-from actors.scorer import Scorer, TokenFunction, model_mask, select_rows
+from actors.scorer import Scorer, TokenFunction, model_attention, select_rows
 from learner.config import LoraConfig
-from learner.logprobs import logprobs_and_entropy, no_tokens
+from learner.logprobs import KEPT_BYTES, logprobs_and_entropy, no_tokens
 
 ADAPTER = "default"
 """peft's name for the one adapter a module has."""
@@ -27,6 +27,8 @@ class Scoring:
     temperature: float
     chunk_tokens: int
     entropy_gradient: bool = False
+    kept_bytes: int = KEPT_BYTES
+    """See `logprobs_and_entropy`."""
     has_tokens: bool = True
     """Without it only values are computed: no log-prob, no product with the output head."""
 
@@ -63,6 +65,7 @@ class PolicyAndValue(nn.Module):
                 temperature=scoring.temperature,
                 chunk_tokens=scoring.chunk_tokens,
                 entropy_gradient=scoring.entropy_gradient,
+                kept_bytes=scoring.kept_bytes,
             )
         scores = self.scorer(row, function)
         empty = scores.states.new_empty(0, dtype=torch.float32)
@@ -88,7 +91,7 @@ class Critic(nn.Module):
         hidden = self.trunk(
             input_ids=row.input_ids,
             position_ids=row.position_ids,
-            attention_mask=model_mask(row, self.trunk),
+            **model_attention(row, self.trunk),
             use_cache=False,
         ).last_hidden_state
         states = select_rows(hidden[:, row.kept].flatten(0, 1), row.states)

@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from actors.rows import GroupRow
+from actors.shared_attention import install, is_installed
 from learner.config import LearnerConfig
 from learner.model import Critic, PolicyAndValue, Scoring, add_lora
 from learner.objective import MinibatchLoss
@@ -50,7 +51,11 @@ class Networks:
         has_values: bool = True,
     ) -> None:
         self._scoring = scoring
+        self._vocab_size = int(model.config.get_text_config().vocab_size)
         self.has_values = has_values
+        # ZeRO 3 pairs each forward with the backward after it: after several forwards its gradients are wrong
+        self.keeps_graphs = config.backend == "local" or config.zero_stage < 3
+        """Whether several forwards may come before their backwards."""
         self.device = model.device
         is_separate = has_values and config.critic == "separate"
         critic = Critic(model) if is_separate else None
@@ -63,6 +68,8 @@ class Networks:
             if critic is not None:
                 add_lora(critic.trunk, config.lora)
         self.module = PolicyAndValue(model, has_value_head=has_values and not is_separate)
+        if critic is not None and is_installed(model):
+            install(critic.trunk)
         self.policy = self._engine(self.module, config, dtype=dtype, rank=rank)
         self.critic = self._engine(critic, config, dtype=dtype, rank=rank) if critic else None
 
@@ -71,9 +78,20 @@ class Networks:
         """Engines by the name that their state has in a checkpoint."""
         return {"policy": self.policy} | ({"critic": self.critic} if self.critic else {})
 
-    def forward(self, row: GroupRow, *, has_tokens: bool = True) -> Forward:
-        """Run a row; without `has_tokens` only values are computed."""
-        scoring = replace(self._scoring, has_tokens=has_tokens)
+    def softmax_bytes(self, row: GroupRow) -> int:
+        """Return the bytes of the softmax over the vocabulary for a row's response tokens."""
+        return row.targets.numel() * self._vocab_size * 4
+
+    def forward(self, row: GroupRow, *, has_tokens: bool = True, occupied_bytes: int = 0) -> Forward:
+        """Run a row.
+
+        Args:
+            row: made by the module's scorer.
+            has_tokens: without it only values are computed.
+            occupied_bytes: of softmax that other graphs keep meanwhile.
+        """
+        kept_bytes = max(0, self._scoring.kept_bytes - occupied_bytes)
+        scoring = replace(self._scoring, has_tokens=has_tokens, kept_bytes=kept_bytes)
         if self.critic is None:
             logprobs, entropy, values = self.policy.forward(row, scoring)
             return Forward(logprobs=logprobs, entropy=entropy, values=values)

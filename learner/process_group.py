@@ -31,6 +31,11 @@ def join_group(rank: int, world_size: int, device: torch.device) -> None:
     atexit.register(_leave_group)
 
 
+def sends_from_cpu() -> bool:
+    """Return whether members of the group can send each other what lies in host memory."""
+    return dist.is_initialized() and dist.get_backend() == "gloo"
+
+
 def _timeout() -> timedelta | None:
     """Return the longest wait for peers, None = torch's own."""
     seconds = os.environ.get("CONCORD_GROUP_TIMEOUT_S")

@@ -6,93 +6,150 @@ The value head is not part of the policy and never leaves; tied weights leave on
 
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
-from torch import nn
 from transformers import PreTrainedModel
 
 from actors.cache import swapped_in
-from actors.weights import Bucket, Publication, WeightTransport, pack_bucket
-from learner.model import ADAPTER
+from actors.fingerprints import fingerprint
+from actors.streams import StreamOffer, StreamSender
+from actors.weights import Publication, WeightTransport
+from learner.delta import DeltaPacker, Packed
 from learner.optimizer import OptimizerEngine
+from learner.outlets import NoOutlet, Outlet, StoreOutlet, Streamed, StreamOutlet
+from learner.shares import Shares
+from learner.sources import plan_buckets, runs, sources
 
-BUCKET_BYTES = 32 * 2**20
-"""Tensors are gathered and sent in runs of about this size: it bounds what sharded ranks hold at one time."""
+DEFAULT_BUCKET_BYTES = 32 * 2**20
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Source:
-    """Where one published tensor comes from."""
-
-    name: str
-    parameters: tuple[nn.Parameter, ...]
-    """What must be whole to compute it; the first one gives dtype and shape."""
-    adapted: nn.Module | None
-    """The LoRA layer whose update is added."""
-
-    @property
-    def num_bytes(self) -> int:
-        """Size of the published tensor, also while the parameter is sharded."""
-        weight = self.parameters[0]
-        return int(getattr(weight, "ds_numel", weight.numel())) * weight.element_size()
-
-    def tensor(self) -> torch.Tensor:
-        """Return the published tensor; inside the engine's `gathered`."""
-        weight = self.parameters[0].detach()
-        if self.adapted is None:
-            return weight
-        update = self.adapted.get_delta_weight(ADAPTER)  # type: ignore[operator]
-        return (weight.float() + update.detach().float()).to(weight.dtype)
+_USED_SHARE = 15 / 16
+"""Of a bucket."""
 
 
 class Publisher:
-    """Announces versions of the policy.  Every method is called on all ranks together.
+    """Announces versions of the policy.  Every method is called on all ranks together, except `endpoint`.
 
     Args:
         policy: the Hugging Face model inside the engine's module.
         engine: owns its parameters.
         transport: rank 0 puts buffers there.
+        bucket_bytes: no bucket is larger; two of them bound what a rank holds beside its parameters.
+        has_delta: whether to keep what was sent last, to be able to send changes to it.
     """
 
-    def __init__(self, policy: PreTrainedModel, engine: OptimizerEngine, transport: WeightTransport) -> None:
+    def __init__(
+        self,
+        policy: PreTrainedModel,
+        engine: OptimizerEngine,
+        transport: WeightTransport,
+        *,
+        bucket_bytes: int = DEFAULT_BUCKET_BYTES,
+        has_delta: bool = False,
+    ) -> None:
         self.policy = policy
+        self.seconds: dict[str, float] = {}
+        """Of the last publication on this rank: `gather_s` to fill buckets, `fingerprint_s`, `send_s` spent waiting."""
         self._engine = engine
         self._transport = transport
-        self._buckets = _into_buckets(_sources(policy))
-        self._newest: Publication | None = None
+        self._bucket_bytes = bucket_bytes
+        self._sources = sources(policy)
+        # what lies around two buckets (plan, fingerprints, the group's own) shall not make them more than two
+        self._plans = plan_buckets(self._sources, int(bucket_bytes * _USED_SHARE) // 64 * 64)
+        self._shares = Shares(engine)
+        self._delta = DeltaPacker(engine, self._shares, self._plans) if has_delta and self._shares.is_direct else None
+        self._sender = StreamSender(os.environ.get("MASTER_ADDR", "127.0.0.1"))
+        self._newest: Publication | Streamed | None = None
 
     @property
     def is_first_rank(self) -> bool:
         """Whether this rank is the one that sends and writes."""
         return self._engine.rank == 0
 
-    def publish(self, version: int, incarnation: int) -> Publication | None:
+    def endpoint(self) -> tuple[str, int]:
+        """Return the address and port where the receivers of a stream meet rank 0, on rank 0."""
+        return self._sender.endpoint
+
+    def publish(
+        self, version: int, incarnation: int, *, offer: StreamOffer | None = None, base: int | None = None
+    ) -> Publication | Streamed | None:
         """Send all weights; return the announcement on rank 0.
 
         The newest announcement is kept, and with it the transport's handles; the one before is let go first.
+
+        Args:
+            version: of the policy.
+            incarnation: of the learner.
+            offer: who gets it through a group of processes; None = whoever pulls it from the transport.
+            base: a version of this incarnation that every receiver has.  Only changes are sent where it is the version
+                that was sent last and is remembered.
         """
         self._newest = None
-        buckets = [
-            Bucket(entries=entries, num_bytes=buffer.nbytes, handle=self._transport.put(buffer))
-            for buffer, entries in (pack_bucket(named) for named in self.tensors() if named)
-        ]
-        if self.is_first_rank:
-            self._newest = Publication(version=version, incarnation=incarnation, buckets=tuple(buckets))
+        self.seconds = dict.fromkeys(("gather_s", "fingerprint_s", "send_s"), 0.0)
+        outlet = self._outlet(offer)
+        delta = self._delta
+        base = base if delta is not None and delta.can_follow(base, incarnation) else None
+        if delta is not None:
+            delta.begin()
+        with self._measured("send_s"):
+            outlet.begin(self._plans, base)
+        is_abandoned = False
+        for index, plan in enumerate(self._plans):
+            is_abandoned = (
+                bool(outlet.failure) and self._engine.world_size == 1
+            )  # else the other ranks are on their way
+            if is_abandoned:
+                break
+            packed = self._pack(index, outlet.buffer(plan), base)
+            with self._measured("send_s"):
+                outlet.send(plan, packed)
+        with self._measured("send_s"):
+            self._newest = outlet.finish(version, incarnation)
+        if delta is not None and not is_abandoned:
+            delta.end(version, incarnation)
         return self._newest
 
     def tensors(self) -> Iterator[list[tuple[str, torch.Tensor]]]:
-        """Yield buckets of (canonical name, tensor on the CPU) on rank 0, empty ones elsewhere; collective."""
-        for bucket in self.gathered():
-            yield [(name, tensor.cpu()) for name, tensor in bucket()] if self.is_first_rank else []
+        """Yield runs of (canonical name, tensor on the CPU) on rank 0, empty ones elsewhere; collective."""
+        for run in self.gathered():
+            yield [(name, tensor.cpu()) for name, tensor in run()] if self.is_first_rank else []
 
     def gathered(self) -> Iterator[Callable[[], list[tuple[str, torch.Tensor]]]]:
-        """Yield, bucket by bucket, a function to (canonical name, whole tensor on the device); collective."""
-        for bucket in self._buckets:
-            with self._engine.gathered([p for source in bucket for p in source.parameters]), torch.no_grad():
-                yield lambda bucket=bucket: [(source.name, source.tensor()) for source in bucket]  # type: ignore[misc]
+        """Yield, run by run, a function to (canonical name, whole tensor on the device); collective."""
+        for run in runs(self._sources, self._bucket_bytes):
+            with self._engine.gathered([p for source in run for p in source.parameters]), torch.no_grad():
+                yield lambda run=run: [(source.name, source.tensor()) for source in run]  # type: ignore[misc]
+
+    def _outlet(self, offer: StreamOffer | None) -> Outlet:
+        if not self.is_first_rank:
+            return NoOutlet()
+        return StoreOutlet(self._transport) if offer is None else StreamOutlet(self._sender, offer)
+
+    @torch.no_grad()
+    def _pack(self, index: int, out: np.ndarray, base: int | None) -> Packed:
+        """Write one bucket, complete or as changes, into `out` on rank 0."""
+        plan = self._plans[index]
+        with self._measured("gather_s"):
+            if self._delta is not None and base is not None:
+                return self._delta.pack(index, out)
+            self._shares.fill(plan, out)
+            if self._delta is not None:
+                self._delta.remember(index)
+        found = []
+        if self.is_first_rank:
+            with self._measured("fingerprint_s"):
+                found = [fingerprint(out[p.offset : p.offset + p.entry.num_bytes]) for p in plan.pieces]
+        return Packed(num_bytes=plan.num_bytes, num_changed=None, fingerprints=found)
+
+    @contextmanager
+    def _measured(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] += time.perf_counter() - start
 
 
 def export_policy(publisher: Publisher, directory: str, *, model_dir: str) -> None:
@@ -141,32 +198,3 @@ def _is_replaceable(directory: str) -> bool:
 def _is_companion(name: str) -> bool:
     """Return whether a model directory's file goes with any weights: tokenizer, chat template, code."""
     return not name.endswith((".safetensors", ".bin", ".index.json", ".pt", ".pth", ".gguf", ".msgpack", ".h5"))
-
-
-def _sources(policy: PreTrainedModel) -> list[_Source]:
-    """List what is published, in the model's order."""
-    modules = dict(policy.named_modules())
-    sources = []
-    for name, parameter in policy.named_parameters():  # tied weights come once
-        owner, _, leaf = name.rpartition(".base_layer.")
-        layer = modules[owner] if owner else None
-        if ".lora_A." in name or ".lora_B." in name:
-            continue
-        if layer is None or leaf != "weight":
-            sources.append(_Source(name=name.replace(".base_layer.", "."), parameters=(parameter,), adapted=None))
-            continue
-        adapters = tuple(getattr(layer, part)[ADAPTER].weight for part in ("lora_A", "lora_B"))
-        sources.append(_Source(name=f"{owner}.weight", parameters=(parameter, *adapters), adapted=layer))
-    return sources
-
-
-def _into_buckets(sources: list[_Source]) -> list[list[_Source]]:
-    buckets: list[list[_Source]] = []
-    used = BUCKET_BYTES
-    for source in sources:
-        if used + source.num_bytes > BUCKET_BYTES:
-            buckets.append([])
-            used = 0
-        buckets[-1].append(source)
-        used += source.num_bytes
-    return buckets

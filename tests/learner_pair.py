@@ -32,6 +32,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "empty micro-batches": {"zero_stage": 3, "num_minibatches": 4, "gradient_checkpointing": True},
     "separate critic": {"zero_stage": 3, "critic": "separate"},
     "lora": {"zero_stage": 2, "lora": LoraConfig(rank=4, alpha=8.0)},
+    "kept graphs": {"zero_stage": 2, "num_minibatches": 1, "microbatch_tokens": 30},
 }
 """Settings whose results must equal those of one process."""
 RESUMES = {
@@ -64,13 +65,13 @@ def with_local_denominators(rank: int, directory: str) -> dict[str, torch.Tensor
     """The planted bug: divide by this rank's own tokens and sequences, as a loss's `mean` would."""
     original = LearnerRank._microbatch
 
-    def local(self: LearnerRank, microbatch: Any, update: Any, batch: Any) -> Any:
+    def local(self: LearnerRank, microbatch: Any, scored: Any, update: Any, batch: Any) -> Any:
         pieces = [piece for m in update.ranks[rank] for piece in m]
         samples = [batch.samples[batch.plan.offsets[p.group] + i] for p in pieces for i in p.samples]
         num_tokens = max(1, sum(int(s.loss_mask.sum()) for s in samples)) * WORLD_SIZE
         fields = {name: getattr(update, name) for name in ("epoch", "minibatch", "learning_rate", "ranks")}
         update = type(update)(num_tokens=num_tokens, num_sequences=len(samples) * WORLD_SIZE, **fields)
-        return original(self, microbatch, update, batch)
+        return original(self, microbatch, scored, update, batch)
 
     LearnerRank._microbatch = local  # type: ignore[method-assign]
     try:

@@ -160,6 +160,7 @@ def learner_rank(
     rank: int = 0,
     algorithm: AlgorithmConfig | None = None,
     dtype: str = "float32",
+    max_staleness: int = 0,
 ) -> LearnerRank:
     return LearnerRank(
         model_dir=directory,
@@ -174,6 +175,7 @@ def learner_rank(
         num_threads=1,
         transport=InProcessTransport(),
         max_new_tokens=16,
+        max_staleness=max_staleness,
     )
 
 

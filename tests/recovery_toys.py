@@ -84,7 +84,7 @@ class FakeGang:
         self._alive("step", plan.step, "after")
         return {"loss": float(len(self.weights)), "num_tokens": 1.0}
 
-    def publish(self, version, incarnation):
+    def publish(self, version, incarnation, *, offer, base):
         self._alive("publish")
         weights = json.dumps(self.weights)
         assert self.script.published.setdefault((incarnation, version), weights) == weights, "one name, two policies"

@@ -123,7 +123,7 @@ class SimulatedGang:
         self._work("answering", 0.1, deadly="rank_death_after_step")
         return answer or {"policy_loss": _as_float(self._hash), "num_tokens": 7.0}
 
-    def publish(self, version: int, incarnation: int) -> Publication:
+    def publish(self, version: int, incarnation: int, *, offer: None, base: None) -> Publication:
         """Hand out the weights."""
         self._work(f"publishing {version}", 0.5, deadly="rank_death_in_publish")
         if self._world.strikes("rank_death_between_calls"):

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from actors import scoring
+from actors import scoring, shared_attention
 from actors.rows import PromptGroup, attention_mask, group_row
-from actors.scorer import Scorer, ScoringLinear
+from actors.scorer import Scorer, ScoringLinear, model_attention, model_mask
 from actors.scoring import logprob_function, reference_logprobs, token_logprobs
 from tests.learner_toys import VOCAB, tokens, toy_model
 
@@ -61,6 +61,71 @@ def test_groups_in_one_row_score_like_sequences_alone(name):
     row = scorer.row(toy_groups())
     assert row.input_ids.shape[0] == 1
     assert close(token_logprobs(scorer, row, temperature=TEMPERATURE, chunk_tokens=5), expected)
+
+
+WITHOUT_MASK = ["llama", "llama_tied", "qwen2", "gpt2", "glm", "gpt_neox"]
+
+
+def plans(scorer: Scorer) -> Scorer:
+    """Let calls of the attention kernel cost nothing, so that these small rows need no mask."""
+    scorer.call_cost = 0
+    return scorer
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_groups_in_one_row_score_alike_without_a_mask(name, monkeypatch):
+    model_type, settings = ARCHITECTURES[name]
+    scorer = plans(Scorer(toy_model(model_type, **settings)))
+    masks: list[Any] = []
+    monkeypatch.setattr("actors.scorer.model_mask", lambda *arguments: masks.append(1) or model_mask(*arguments))
+    row = scorer.row(toy_groups())
+    found = token_logprobs(scorer, row, temperature=TEMPERATURE)
+    assert close(found, one_by_one(scorer._model, toy_groups()))
+    assert bool(masks) == (name not in WITHOUT_MASK)  # sliding windows are part of a mask
+
+
+@pytest.mark.parametrize("spans", [((9, 24), (4, 6, 1)), ((9, 8, 5, 11, 4, 6, 1),), ((8, 9, 5, 11), (4, 6, 1))])
+def test_the_comparison_finds_a_wrong_plan(spans):
+    """Responses, or groups, that see each other; and a prompt without its last token."""
+    scorer = plans(Scorer(toy_model()))
+    row = dataclasses.replace(scorer.row(toy_groups()), spans=spans)
+    found = token_logprobs(scorer, row, temperature=TEMPERATURE)
+    assert not close(found, one_by_one(scorer._model, toy_groups()), 1e-2)
+
+
+@pytest.mark.parametrize("is_checkpointed", [False, True], ids=["plain", "checkpointing"])
+def test_gradients_without_a_mask_are_those_with_one(is_checkpointed):
+    gradients = []
+    for call_cost in (0, 2**60):
+        scorer = Scorer(toy_model())
+        scorer.call_cost = call_cost
+        if is_checkpointed:
+            scorer._model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            scorer._model.train()
+        row = scorer.row(toy_groups())
+        function = logprob_function(row.targets, temperature=TEMPERATURE, chunk_tokens=512)
+        (scorer(row, function).tokens[:, 0] * torch.linspace(-1.0, 2.0, 31)).sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in scorer._model.parameters()]))
+    assert (gradients[0] - gradients[1]).abs().max() < 2e-5 * gradients[1].abs().max()
+
+
+def test_a_mask_is_left_out_where_that_is_cheaper():
+    """300 tokens of 576 numbers: 44^2 + 4 * 64 * 108 of 300^2 pairs; of 32 numbers five calls cost more."""
+    shape = {"intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1}
+    wide, narrow = (toy_model(hidden_size=size, **shape) for size in (576, 32))
+    group = PromptGroup(prompt_ids=[3] * 44, responses=[[4] * 64] * 4)
+    found = [set(model_attention(Scorer(model).row([group]), model)) for model in (wide, narrow)]
+    assert found == [{"attention_mask", "shared_row"}, {"attention_mask"}]
+
+
+def test_a_model_is_left_alone_whose_attention_does_not_take_plans(monkeypatch):
+    monkeypatch.setattr(shared_attention, "_HARMLESS_KEYWORDS", frozenset())  # as if each keyword changed the result
+    model = toy_model()
+    scorer = plans(Scorer(model))
+    assert (scorer.layout, model.config._attn_implementation) == ("shared", "sdpa")
+    assert close(
+        token_logprobs(scorer, scorer.row(toy_groups()), temperature=TEMPERATURE), one_by_one(model, toy_groups())
+    )
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

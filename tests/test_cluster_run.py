@@ -131,6 +131,24 @@ def test_ahead_of_the_learner_nothing_is_lost_and_a_replay_gives_the_same_weight
     assert all(torch.equal(tensor, weights[name]) for name, tensor in weights_of(again).items())
 
 
+def test_weights_by_broadcast_give_the_same_run_and_a_restarted_worker_catches_up_alone(straight, ray_cluster, data):
+    weights = {"transport": "process_group", "bucket_bytes": 2**14, "timeout_s": 20.0}
+    directory = straight.parent / "broadcast"
+    config = _config(directory, data, rollouts={"num_workers": 2}, pipeline={"weights": weights})
+    with Run(config) as run:
+        run.evaluate_start()
+        for step in run.steps():
+            if step == 3:
+                workers = run.pipeline._core._workers._actors
+                ray_cluster.kill(next(a.handle for worker, a in workers.items() if str(worker) == "rollout-1.0"))
+            train_step(run, step)
+        run.finish()
+        assert run._stream_epoch >= 2, "with the new process the group is another one"
+    assert are_equal(directory, straight)
+    last = pq.read_table(directory / "metrics.parquet").to_pylist()[-1]
+    assert (last["faults_num_restarts"], last["faults_num_learner_restarts"]) == (1, 0)
+
+
 def test_another_configuration_on_the_same_directory_is_refused(straight, data):
     with pytest.raises(ConfigError, match=r"another configuration \(algorithm.kl.coef 0.01 -> 0.5\)"):
         Run(_config(straight, data, algorithm={"kl": {"coef": 0.5}}))

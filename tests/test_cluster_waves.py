@@ -130,7 +130,7 @@ class Run:
             config, prompts=self.prompts, workers=self.workers, ledger=self.ledger, journal=Unrecorded(),
             clock=lambda: 0.0,
         )  # fmt: skip
-        self.core.publish(Weights(incarnation=0, version=0), "weights")
+        self.core.publish(Weights(incarnation=0, version=0), "weights", None)
 
     def batch(self, step):
         future = self.core.batch(step)

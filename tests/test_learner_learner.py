@@ -67,6 +67,7 @@ def plain(toy: str) -> dict[str, dict[str, torch.Tensor]]:
         "separate": {"critic": "separate"},
         "lora": {"lora": LoraConfig(rank=4, alpha=8.0)},
         "four minibatches": {"num_minibatches": 4},
+        "two passes": {"num_minibatches": 1, "first_epoch_tokens": 0},
     }
     return {kind: parameters(learn(toy, **settings)) for kind, settings in kinds.items()}
 
@@ -93,7 +94,12 @@ def test_one_process_learns_the_same_however_it_is_cut(toy, plain, settings):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_two_ranks_learn_what_one_process_learns(pair, plain, name):
-    kinds = {"separate critic": "separate", "lora": "lora", "empty micro-batches": "four minibatches"}
+    kinds = {
+        "separate critic": "separate",
+        "lora": "lora",
+        "empty micro-batches": "four minibatches",
+        "kept graphs": "two passes",
+    }
     for rank in range(WORLD_SIZE):
         found = pair.variant(name, rank)["parameters"]
         assert difference(found, plain[kinds.get(name, "trunk")]) < TOLERANCE

@@ -6,7 +6,11 @@ from learner import logprobs
 from learner.logprobs import logprobs_and_entropy, no_tokens
 
 TEMPERATURE = 0.7
-CHUNKS = pytest.mark.parametrize("chunk_tokens", [3, 64])  # computed again in the backward pass, or kept
+CHUNKS = pytest.mark.parametrize(
+    "settings",
+    [{"chunk_tokens": 3, "kept_bytes": 0}, {"chunk_tokens": 3, "kept_bytes": 500}, {"chunk_tokens": 64}],
+    ids=["computed-again", "some-kept", "kept"],
+)
 
 
 def toy_head(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -43,18 +47,18 @@ def test_by_hand():
 
 
 @CHUNKS
-def test_gradients_are_right(chunk_tokens):
+def test_gradients_are_right(settings):
     hidden, weight, bias, targets = toy_head()
-    check = lambda h, w, b: scores(h, w, b, targets, chunk_tokens=chunk_tokens)  # noqa: E731
+    check = lambda h, w, b: scores(h, w, b, targets, **settings)  # noqa: E731
     assert torch.autograd.gradcheck(check, (hidden, weight, bias))
     assert torch.autograd.gradcheck(lambda h, w: check(h, w, None), (hidden, weight))
 
 
 @CHUNKS
-def test_equal_to_the_plain_formula(chunk_tokens):
+def test_equal_to_the_plain_formula(settings):
     hidden, weight, bias, targets = toy_head(torch.float32)
     found, expected = (
-        scores(hidden, weight, bias, targets, chunk_tokens=chunk_tokens),
+        scores(hidden, weight, bias, targets, **settings),
         naive(hidden, weight, bias, targets),
     )
     assert torch.allclose(found, expected, atol=1e-6)
@@ -106,10 +110,10 @@ def test_logits_as_they_are_score_the_same():
 
 
 @CHUNKS
-def test_half_precision_works_in_float32_inside(chunk_tokens):
+def test_half_precision_works_in_float32_inside(settings):
     hidden, weight, bias, targets = (x.detach() for x in toy_head(torch.float32))
     half = [x.bfloat16().requires_grad_() for x in (hidden, weight, bias)]
-    found = scores(*half, targets, chunk_tokens=chunk_tokens)
+    found = scores(*half, targets, **settings)
     assert found.dtype == torch.float32
     wide = [x.detach().float().requires_grad_() for x in half]
     expected = naive(*wide, targets)
@@ -119,16 +123,37 @@ def test_half_precision_works_in_float32_inside(chunk_tokens):
         assert (f.float() - e).abs().max() < 0.02 * e.abs().max()
 
 
-def test_the_softmax_is_computed_once_when_all_tokens_fit_a_chunk(monkeypatch):
+@pytest.mark.parametrize(
+    ("kept_bytes", "sizes"),
+    [(0, [4, 4, 2, 4, 4, 2]), (4 * 9 * 8, [4, 4, 2, 4, 2]), (10 * 9 * 8, [4, 4, 2])],
+    ids=["none", "one-chunk", "all"],
+)
+def test_what_is_kept_is_not_computed_again(monkeypatch, kept_bytes, sizes):
+    """Ten tokens, nine numbers of eight bytes each; forward, then what is missing backward, never more than a chunk."""
     hidden, weight, bias, targets = toy_head()
-    sizes: list[int] = []
+    seen: list[int] = []
     right = logprobs._log_softmax
-    monkeypatch.setattr(logprobs, "_log_softmax", lambda h, *rest: (sizes.append(h.shape[0]), right(h, *rest))[1])
-    scores(hidden, weight, bias, targets, chunk_tokens=10).sum().backward()
-    assert sizes == [10]
-    sizes.clear()
-    scores(hidden, weight, bias, targets, chunk_tokens=4).sum().backward()
-    assert sizes == [4, 4, 2, 4, 4, 2]  # forward, then again backward; never more than a chunk
+    monkeypatch.setattr(logprobs, "_log_softmax", lambda h, *rest: (seen.append(h.shape[0]), right(h, *rest))[1])
+    scores(hidden, weight, bias, targets, chunk_tokens=4, kept_bytes=kept_bytes).sum().backward()
+    assert seen == sizes
+
+
+def test_a_second_backward_pass_does_not_see_what_the_first_wrote():
+    hidden, weight, bias, targets = toy_head()
+    found = scores(hidden, weight, bias, targets)
+    first, second = (gradients(found, (hidden, weight, bias)) for _ in range(2))
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+@CHUNKS
+def test_rows_at_a_time_change_nothing(monkeypatch, settings):
+    inputs, targets = toy_head()[:3], toy_head()[3]
+    whole = scores(*inputs, targets, **settings)
+    expected = gradients(whole, inputs)
+    monkeypatch.setattr(logprobs, "_BLOCK_BYTES", 2 * 9 * 8)
+    blocks = scores(*inputs, targets, **settings)
+    assert torch.allclose(blocks, whole, rtol=1e-12)
+    assert all(torch.allclose(f, e, rtol=1e-12) for f, e in zip(gradients(blocks, inputs), expected, strict=True))
 
 
 def test_no_tokens():

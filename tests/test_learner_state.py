@@ -384,12 +384,3 @@ def test_only_the_newest_publication_is_kept_alive(toy):
     newest = learner.publish(version=1, incarnation=2)
     assert (newest.version, newest.incarnation) == (1, 2)
     assert learner._publisher._newest is newest
-
-
-def test_large_models_travel_in_several_buckets(toy, monkeypatch):
-    monkeypatch.setattr("learner.publisher.BUCKET_BYTES", 10_000)
-    learner = learner_rank(toy, learner_config())
-    publication = learner.publish(version=0, incarnation=0)
-    assert len(publication.buckets) > 3
-    names = [entry.name for bucket in publication.buckets for entry in bucket.entries]
-    assert len(names) == len(set(names)) == 20

@@ -1,0 +1,388 @@
+"""Concord and TRL side by side: the same model, prompts, response lengths and update, in turn, on the same two cores.
+
+    python -m benchmarks.trl --model DIRECTORY [--only uniform_grpo,realistic_ppo] [--output FILE]
+
+PPO against `trl.experimental.ppo.PPOTrainer` of TRL 1.12 (policy, reference, reward model and critic, all as large as
+the policy), with Concord's critic a network of its own (`*_ppo`) or a head on the policy's trunk (`*_ppo_trunk`); GRPO
+against TRL 1.16 with the same scripted reward on both sides.  Two workloads: `uniform` and `realistic`
+(`benchmarks.trl_workload`).  Both sides live through a comparison, each in its own processes, and iterations alternate:
+one to warm up, then `--repeats` that count.  While one side works the other one waits, and how much it computes
+meanwhile is measured.  Prints the phases, and last one line of JSON: TRL's median time over Concord's by comparison.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import psutil
+from transformers import PreTrainedTokenizerBase
+
+from actors.cache import build_once, cache_directory
+from actors.encoding import PromptEncoder
+from actors.policy import load_tokenizer
+from benchmarks.flops import PHASES, Critic, Group, gemm_peak, needed_flops, read_architecture
+from benchmarks.machine import finish
+from benchmarks.trl_workload import THREADS, Algorithm, Settings, Workload, make_workload
+
+ROOT = Path(__file__).parent.parent
+VERSIONS: dict[Algorithm, str] = {"ppo": "1.12.0", "grpo": "1.16.0"}
+"""TRL's, by algorithm: the last one with PPO, and the one that is current."""
+TRL_NEEDS = ("accelerate", "datasets", "pandas", "rich")
+SETTINGS = Settings()
+MAX_IDLE_SHARE = 0.1
+"""Of one core, that a side may use while the other one works; Ray's own processes look after themselves with less."""
+
+
+class PeerError(RuntimeError):
+    """TRL could not be prepared or did not do its part."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """One key of the result."""
+
+    workload: str
+    algorithm: Algorithm
+    critic: Critic
+
+    @property
+    def has_judge(self) -> bool:
+        """Whether a reward model as large as the policy reads every response."""
+        return self.algorithm == "ppo"
+
+
+_KINDS: tuple[tuple[str, Algorithm, Critic], ...] = (
+    ("ppo", "ppo", "separate"),
+    ("ppo_trunk", "ppo", "trunk"),
+    ("grpo", "grpo", "none"),
+)
+COMPARISONS = {
+    f"{workload}_{name}": Comparison(workload=workload, algorithm=algorithm, critic=critic)
+    for workload in ("uniform", "realistic")
+    for name, algorithm, critic in _KINDS
+}
+
+
+class Trl:
+    """TRL's trainer in a process of its own, which makes one iteration when asked.  Use as a context manager.
+
+    Args:
+        environment: directory with the right version of TRL.
+        job: what `benchmarks.trl_theirs` reads.
+        directory: for its files.
+    """
+
+    def __init__(self, environment: str, job: dict[str, Any], directory: str) -> None:
+        path = os.path.join(directory, "job.json")
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(job, file)
+        self._log = os.path.join(directory, "trl.log")
+        variables = {name: value for name, value in os.environ.items() if name not in ("MKL_CBWR", "OMP_WAIT_POLICY")}
+        variables |= {
+            "PYTHONPATH": os.pathsep.join([environment, str(ROOT)]),
+            "OMP_NUM_THREADS": str(THREADS),
+            "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "TRL_EXPERIMENTAL_SILENCE": "1",
+        }
+        with open(self._log, "w", encoding="utf-8") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "benchmarks.trl_theirs", path],
+                cwd=ROOT,
+                env=variables,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
+        self.pid = self._process.pid
+        self.ready = self._answer()
+
+    def __enter__(self) -> "Trl":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def step(self) -> dict[str, Any]:
+        """Make an iteration; return what it took and saw."""
+        assert self._process.stdin is not None, "it is a pipe"
+        self._process.stdin.write("go\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def processes(self) -> list[psutil.Process]:
+        """Return the process, as a list of one."""
+        return [psutil.Process(self.pid)]
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None, "it is a pipe"
+        line = self._process.stdout.readline()
+        if not line:
+            text = Path(self._log).read_text(encoding="utf-8")[-3000:]
+            raise PeerError(f"TRL's process must answer, and ended; the end of what it printed:\n{text}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+
+def main() -> None:
+    """Compare and print."""
+    arguments = _arguments()
+    keys = arguments.only.split(",") if arguments.only else list(COMPARISONS)
+    unknown = set(keys) - set(COMPARISONS)
+    if unknown:
+        sys.exit(f"--only must name {', '.join(COMPARISONS)}, got {', '.join(sorted(unknown))}")
+    try:
+        environments = {
+            algorithm: trl_environment(version, arguments.environments)
+            for algorithm, version in VERSIONS.items()
+            if any(COMPARISONS[key].algorithm == algorithm for key in keys)
+        }
+        with tempfile.TemporaryDirectory(prefix="benchmark-trl-") as directory:
+            model = arguments.model or _demo_model()
+            judge = _make_judge(model, os.path.join(directory, "judge"))
+            details = {}
+            for key in keys:
+                with _own_directory(directory, key) as place:
+                    comparison = COMPARISONS[key]
+                    details[key] = compare(
+                        comparison, arguments, place, model=model, judge=judge,
+                        environment=environments[comparison.algorithm],
+                    )  # fmt: skip
+                    print(f"{key}: TRL takes {details[key]['ratio']:.2f} times as long as Concord\n", flush=True)
+    except PeerError as error:
+        sys.exit(f"error: {error}")
+    finish({key: round(found["ratio"], 3) for key, found in details.items()} | {"details": details}, arguments.output)
+
+
+def compare(
+    comparison: Comparison, arguments: argparse.Namespace, directory: str, *, model: str, judge: str, environment: str
+) -> dict[str, Any]:
+    """Run both sides in turn; return the ratio of their medians, and everything measured."""
+    from benchmarks.trl_ours import Concord, cpu_s, make_config, resident_bytes
+
+    tokenizer = load_tokenizer(model)
+    workload = make_workload(comparison.workload, PromptEncoder(tokenizer).encode)
+    iterations = 1 + arguments.repeats
+    job = {
+        "algorithm": comparison.algorithm,
+        "model": model,
+        "judge": judge,
+        "directory": directory,
+        "workload": workload.plain(),
+        "settings": asdict(SETTINGS),
+        "iterations": iterations,
+        "microbatch": arguments.microbatch,
+        "rollout_rows": arguments.rollout_rows,
+    }
+    load = os.getloadavg()[0]
+    peak = gemm_peak(threads=THREADS)
+    config = make_config(
+        directory,
+        workload,
+        model=model,
+        judge=judge,
+        algorithm=comparison.algorithm,
+        critic="separate" if comparison.critic == "separate" else "trunk",
+        num_steps=iterations,
+        settings=SETTINGS,
+        overrides=arguments.set,
+    )
+    turns: dict[str, list[dict[str, Any]]] = {"trl": [], "concord": []}
+    with ExitStack() as stack:
+        trl = stack.enter_context(Trl(environment, job, directory))
+        concord = stack.enter_context(Concord(config, strangers=[trl.pid]))
+        sides: dict[str, Any] = {"trl": trl, "concord": concord}
+        _print_rules(workload, trl.ready, concord.settings)
+        for _ in range(iterations):
+            for name, other in (("trl", "concord"), ("concord", "trl")):
+                working, waiting = sides[name].processes(), sides[other].processes()
+                before = cpu_s(working), cpu_s(waiting)
+                turn = sides[name].step()
+                turn["cpu_s"] = cpu_s(working) - before[0]
+                turn["other_used"] = (cpu_s(waiting) - before[1]) / turn["seconds"]
+                turns[name].append(turn)
+                print(f"  {name:8} {turn['seconds']:7.2f} s", flush=True)
+            _check_same(turns["trl"][-1], turns["concord"][-1], workload)
+        memory = {name: round(resident_bytes(side.processes()) / 2**30, 2) for name, side in sides.items()}
+    counted = {name: found[1:] for name, found in turns.items()}
+    report = _summary(comparison, workload, counted, model=model, peak=peak)
+    _print_phases(report)
+    return report | {"load": load, "memory_gib": memory, "trl_settings": trl.ready}
+
+
+def _check_same(trl: dict[str, Any], concord: dict[str, Any], workload: Workload) -> None:
+    """Make sure that both sides sampled for the same prompts, token by token, as many tokens, and learnt from all."""
+    prompts = sorted(ids for ids in workload.prompt_ids for _ in range(workload.num_samples))
+    lengths = sorted(length for row in workload.lengths for length in row)
+    for name, turn in (("TRL", trl), ("Concord", concord)):
+        assert sorted(map(tuple, turn["prompt_ids"])) == prompts, f"{name} has the workload's prompts"
+        assert sorted(turn["lengths"]) == lengths, f"{name}'s responses have the workload's lengths"
+    assert concord["loss_tokens"] == sum(lengths), "Concord learns from every response token"
+
+
+def _summary(
+    comparison: Comparison, workload: Workload, turns: dict[str, list[dict[str, Any]]], *, model: str, peak: float
+) -> dict[str, Any]:
+    """Return medians, phases and shares of the peak of one comparison."""
+    architecture = read_architecture(model)
+    groups = [
+        Group(prompt=len(ids), lengths=lengths)
+        for ids, lengths in zip(workload.prompt_ids, workload.lengths, strict=True)
+    ]
+    report: dict[str, Any] = {"gemm_peak_gflops": round(peak / 1e9, 1)}
+    tokens = sum(sum(lengths) for lengths in workload.lengths)
+    medians = {}
+    for name, found in turns.items():
+        critic = "separate" if name == "trl" and comparison.algorithm == "ppo" else comparison.critic
+        needed = needed_flops(architecture, groups, critic=critic, has_judge=comparison.has_judge)
+        seconds = [turn["seconds"] for turn in found]
+        medians[name] = statistics.median(seconds)
+        floor = sum(needed.values()) / peak
+        report[name] = {
+            "median_s": round(medians[name], 3),
+            "seconds": [round(value, 3) for value in seconds],
+            "cpu_s": round(statistics.median(turn["cpu_s"] for turn in found), 3),
+            "floor_s": round(floor, 3),
+            "over_floor": round(medians[name] / floor, 2),
+            "other_side_used": round(max(turn["other_used"] for turn in found), 4),
+            "phases": _phases(found, needed, peak=peak, tokens=tokens),
+        }
+    report["ratio"] = medians["trl"] / medians["concord"]
+    return report
+
+
+def _phases(
+    turns: Sequence[dict[str, Any]], needed: dict[str, float], *, peak: float, tokens: int
+) -> dict[str, dict[str, float]]:
+    """Return each phase's median seconds, response tokens, needed operations and share of the peak."""
+    phases: dict[str, dict[str, float]] = {}
+    names = [*PHASES, *sorted({name for turn in turns for name in turn["phases"]} - set(PHASES))]
+    for name in names:
+        seconds = statistics.median(turn["phases"].get(name, 0.0) for turn in turns)
+        phases[name] = {"seconds": round(seconds, 3)}
+        if name in PHASES:
+            phases[name]["tokens"] = tokens
+            phases[name]["needed_gflop"] = round(needed[name] / 1e9, 1)
+            phases[name]["share_of_peak"] = round(needed[name] / seconds / peak, 4) if seconds > 0 else 0.0
+        positions = [turn["positions"].get(name, 0) for turn in turns if "positions" in turn]
+        if positions and positions[-1]:
+            phases[name]["positions"] = positions[-1]
+    return phases
+
+
+def _print_rules(workload: Workload, trl: dict[str, Any], concord: str) -> None:
+    """Print what is equal, and how each side is set up."""
+    tokens = sum(sum(lengths) for lengths in workload.lengths)
+    print(
+        f"{workload.name}: {len(workload.prompts)} prompts x {workload.num_samples} samples, prompt "
+        f"{len(workload.prompt_ids[0])} tokens, {tokens} response tokens, longest {workload.max_new_tokens}\n"
+        f"  EOS rule: {workload.eos_rule}\n"
+        f"  both: float32, {THREADS} cores, 1 epoch, 1 minibatch, 1 update; {asdict(SETTINGS)}\n"
+        f"  TRL: {trl['ready']}, {trl['settings']}"
+    )
+    wanted = ("backend:", "zero_stage:", "microbatch_tokens:", "critic:", "num_minibatches:", "epochs:", "_threads:")
+    lines = [line.strip() for line in concord.splitlines() if any(part in line for part in wanted)]
+    print(f"  Concord: {', '.join(lines)}", flush=True)
+
+
+def _print_phases(report: dict[str, Any]) -> None:
+    """Print both sides' phases side by side."""
+    print(f"  GEMM peak {report['gemm_peak_gflops']} GFLOP/s with {THREADS} threads")
+    heads = f"{'seconds':>8} {'tokens':>7} {'needed GFLOP':>13} {'share of peak':>14} {'positions':>10}"
+    print(f"  {'':8} {'phase':9} {heads}")
+    for name in ("trl", "concord"):
+        side = report[name]
+        for phase, row in side["phases"].items():
+            share = f"{100 * row['share_of_peak']:.1f} %" if "share_of_peak" in row else ""
+            print(
+                f"  {name:8} {phase:9} {row['seconds']:8.2f} {row.get('tokens', ''):>7} "
+                f"{row.get('needed_gflop', ''):>13} {share:>14} {row.get('positions', ''):>10}"
+            )
+        print(
+            f"  {name:8} {'step':9} {side['median_s']:8.2f}, {side['over_floor']:.2f} times the counted floor of "
+            f"{side['floor_s']:.2f} s; {side['cpu_s']:.1f} CPU-seconds; the other side used "
+            f"{100 * side['other_side_used']:.1f} % of a core meanwhile"
+        )
+        if side["other_side_used"] > MAX_IDLE_SHARE:
+            print(f"  WARNING: that is above {100 * MAX_IDLE_SHARE:.0f} %, so {name}'s time is too long")
+
+
+def trl_environment(version: str, parent: str) -> str:
+    """Return a directory that holds one version of TRL and nothing else, installed if it is not there.
+
+    Raises:
+        PeerError: if it cannot be installed, or what it needs beside itself is missing.
+    """
+    missing = [name for name in TRL_NEEDS if find_spec(name) is None]
+    if missing:
+        raise PeerError(f"TRL needs {', '.join(missing)}, which are not installed; install Concord's extra `test`")
+
+    def install(directory: str) -> None:
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", directory]
+        done = subprocess.run([*command, f"trl=={version}"], capture_output=True, text=True)
+        if done.returncode:
+            raise PeerError(
+                f"pip must be able to install trl=={version} into {parent}, got:\n{done.stderr[-1000:]}\nmake the "
+                "package index reachable, or name a directory that has it with --environments"
+            )
+
+    return build_once(os.path.join(parent, f"trl-{version}"), install)
+
+
+def _make_judge(model: str, directory: str) -> str:
+    """Write a reward model as large as the policy: its trunk under a random scalar head, which both sides read."""
+    import torch
+    from transformers import AutoModelForSequenceClassification
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # it would report that the head is new
+    logging.disable_progress_bar()
+    torch.manual_seed(0)
+    judge = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1, dtype=torch.float32)
+    judge.save_pretrained(directory)
+    tokenizer: PreTrainedTokenizerBase = load_tokenizer(model)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@contextmanager
+def _own_directory(parent: str, name: str) -> Iterator[str]:
+    path = os.path.join(parent, name)
+    os.makedirs(path)
+    yield path
+
+
+def _demo_model() -> str:
+    from examples.movie_reviews.assets import smollm2
+
+    directory: str = smollm2(cache_directory())
+    return directory
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="model directory; without it the demo's SmolLM2, fetched if needed")
+    parser.add_argument("--only", help=f"some of {', '.join(COMPARISONS)}, with commas between")
+    parser.add_argument("--repeats", type=int, default=3, help="the median of so many pairs of iterations counts")
+    parser.add_argument("--environments", default=os.path.join(cache_directory(), "peers"), help="where TRL is kept")
+    parser.add_argument("--microbatch", type=int, default=8, help="TRL's sequences in one forward and backward")
+    parser.add_argument("--rollout-rows", type=int, default=32, help="TRL PPO's sequences generated and scored at once")
+    parser.add_argument("--set", action="append", default=[], help="section.field=value of Concord's configuration")
+    parser.add_argument("--output", help="also write the last line to this file")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
