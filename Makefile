@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test faults algorithms lint format types
+.PHONY: help demo test faults algorithms performance lint format types
 
 help:  ## Show these targets
 	@grep -E '^[a-z.]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
@@ -26,6 +26,9 @@ algorithms: $(STAMP)  ## Run every algorithm on two graphs and write docs/algori
 	@$(BIN)/python -m benchmarks.randomwalks --seed 1000 --write
 	@$(BIN)/python -m benchmarks.randomwalks --seed 1001 --write
 	@$(BIN)/python -m benchmarks.algorithms_page
+
+performance: $(STAMP)  ## Measure everything again and write docs/performance.md; about an hour on two quiet cores
+	@$(BIN)/python -m benchmarks.performance_page --measure
 
 lint: $(STAMP)  ## Check style and formatting
 	@$(BIN)/ruff check .

@@ -1,13 +1,17 @@
 """Writes docs/performance.md from the results that benchmarks have left in benchmarks/results/.
 
     python -m benchmarks.performance_page
+    python -m benchmarks.performance_page --measure     run all of them before, one after another
 
 What each benchmark compares and promises is in `benchmarks/performance_sections.py`; the page is a function of that and
 of the results alone, and a test compares it with the committed one.  A benchmark without a result is listed as not
 measured, with its command.
 """
 
+import argparse
 import json
+import subprocess
+import sys
 import textwrap
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -128,7 +132,12 @@ def _unmeasured(results: Results) -> Iterator[str]:
 
 
 def main() -> None:
-    """Write the page."""
+    """Measure where asked to, and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--measure", action="store_true", help="run every benchmark first")
+    if parser.parse_args().measure:
+        for section in SECTIONS:
+            subprocess.run([sys.executable, *section.command.split()[1:]], cwd=ROOT, check=True)
     PAGE.write_text(render(read_results()), encoding="utf-8")
 
 
