@@ -3,8 +3,8 @@
 Workload: groups of one prompt and its responses with random tokens, PPO with a value head on the trunk, one epoch, one
 minibatch, float32.  `uniform`: 8 prompts of 44 tokens with 4 responses of 64; `realistic`: 4 prompts of 200 tokens with
 8 responses of lognormal lengths, mean 50, at most 128.  One learner steps through all budgets in turn, each repeated;
-the medians of wall and CPU time count.  `group` is the budget that holds the largest group and not two.  Prints a table,
-and last one line of JSON.
+the medians of wall and CPU time count.  `group` is the budget that holds the largest group and not two.  Prints a
+table, and last one line of JSON.
 
     python -m benchmarks.learner --model DIRECTORY
 """

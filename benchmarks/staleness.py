@@ -1,9 +1,13 @@
 """How well RandomWalks is learnt from samples of older policies, with and without the correction for it.
 
-PPO with the settings of `benchmarks/randomwalks.py` at `pipeline.max_staleness` 0, 1 and 4, through the public command
-line.  Corrected (what the configuration does by default): old log-probs are recomputed and each token weighs the
-truncated old / recorded.  Not corrected, in two ways: `recorded`, the sampling policy stands for the old one, so that
-clipping is around it; `unweighted`, old log-probs are recomputed and nothing is weighed.
+PPO at `pipeline.max_staleness` 0, 1 and 4, through the public command line.  All runs have the same settings: those of
+`benchmarks/randomwalks.py` with a quarter of the learning rate, one pass over a step's walks and twice the steps.  With
+the full rate the policy moves so far in a step that feedback from four versions ago overshoots: it learns fast, then
+forgets to end its walks.
+
+Corrected (what the configuration does by default): old log-probs are recomputed and each token weighs the truncated
+old / recorded.  Not corrected, in two ways: `recorded`, the sampling policy stands for the old one, so that clipping is
+around it; `unweighted`, old log-probs are recomputed and nothing is weighed.
 
     python -m benchmarks.staleness [--seed 1000] [--output FILE]
 
@@ -26,6 +30,16 @@ from benchmarks.machine import finish
 from benchmarks.randomwalks import COMMON
 from cluster.metrics import read_journal
 from cluster.storage import RunStorage
+
+NUM_STEPS = 80
+CALM = (
+    f"run.num_steps={NUM_STEPS}",
+    f"run.checkpoint_every={NUM_STEPS}",
+    f"evaluation.every={NUM_STEPS}",
+    "learner.epochs=1",
+    "learner.optimizer.learning_rate=1.0e-4",
+)
+"""Of every run, after `randomwalks.COMMON`."""
 
 _RECORDED = ("algorithm.off_policy.old_logprobs=recorded",)
 _UNWEIGHTED = ("algorithm.off_policy.old_logprobs=recomputed", "algorithm.off_policy.weight=none")
@@ -88,7 +102,7 @@ def _measure(name: str, seed: int, directory: Path) -> Outcome:
     shutil.rmtree(output, ignore_errors=True)  # a run that is there already would be continued
     directory.mkdir(parents=True, exist_ok=True)
     command = [
-        sys.executable, "-m", "cluster.cli", "train", "examples/randomwalks.yaml", *COMMON, *others,
+        sys.executable, "-m", "cluster.cli", "train", "examples/randomwalks.yaml", *COMMON, *CALM, *others,
         "algorithm.name=ppo", f"pipeline.max_staleness={staleness}", f"prompts.make.arguments.seed={seed}",
         f"run.dir={output}",
     ]  # fmt: skip

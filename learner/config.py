@@ -59,22 +59,44 @@ class LearnerConfig(Config):
     chunk_tokens: int = Field(default=512, ge=1)
     """Response tokens whose logits exist at one time."""
     softmax_bytes: int = Field(default=2**29, ge=0)
-    """Softmax over the vocabulary that a rank keeps from forward to backward, bytes; what is above is computed again."""
-    first_epoch_tokens: int = Field(default=4096, ge=0)
+    """Softmax over the vocabulary that a rank keeps for the backward pass, bytes; what is above is computed twice."""
+    first_epoch_tokens: int | None = Field(default=None, ge=0)
     """Trunk tokens of the first epoch whose activations a rank keeps until the step's targets are known, so that values
-    and old log-probs take no forward pass of their own; what is above is computed twice. 0 = none. With one minibatch
-    and ZeRO below 3."""
+    and old log-probs take no forward pass of their own; what is above is computed twice. 0 = none; null = 4096 on a
+    CPU, about 2 MB each for 135M parameters, and microbatch_tokens on a GPU. With one minibatch and ZeRO below 3."""
     critic: Literal["trunk", "separate"] = "trunk"
     """Value head on the policy's trunk, or a network of its own that starts as a copy of the policy."""
     lora: LoraConfig | None = None
     """Train low-rank adapters only."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
+    offload: Literal["none", "optimizer"] = "none"
+    """optimizer: master weights and Adam's moments in main memory, updated there; with a GPU and ZeRO from stage 1."""
 
     @model_validator(mode="after")
     def _local_is_one_process(self) -> "LearnerConfig":
         if self.backend == "local" and self.num_ranks != 1:
             raise ValueError(f"num_ranks must be 1 with backend local, got {self.num_ranks}; use backend zero")
+        return self
+
+    @model_validator(mode="after")
+    def _graphs_can_be_kept(self) -> "LearnerConfig":
+        has_sharded = self.backend == "zero" and self.zero_stage == 3
+        if self.first_epoch_tokens and (self.num_minibatches > 1 or has_sharded):
+            raise ValueError(
+                f"first_epoch_tokens must be left out or 0, got {self.first_epoch_tokens} with num_minibatches "
+                f"{self.num_minibatches}, backend {self.backend} and zero_stage {self.zero_stage}: graphs are kept "
+                "with one minibatch, and with zero_stage 2 or less"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _offload_needs_zero(self) -> "LearnerConfig":
+        if self.offload != "none" and (self.backend == "local" or self.zero_stage == 0):
+            raise ValueError(
+                f"offload must be none with backend {self.backend} and zero_stage {self.zero_stage}, got "
+                f"{self.offload}; use backend zero and zero_stage 1, 2 or 3"
+            )
         return self
 
 

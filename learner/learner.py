@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from actors.config import PolicyConfig
 from actors.faults import fault
+from actors.memory import resident_bytes
 from actors.policy import load_model, resolve_dtype
 from actors.streams import StreamOffer
 from actors.weights import Publication, WeightTransport
@@ -40,6 +41,10 @@ from reward.credit_config import CreditConfig
 
 MAX_LOGPROB_GAP = 1e-3
 """Largest difference between recorded and recomputed float32 log-probs; rounding stays two orders below."""
+
+
+DEFAULT_KEPT_TOKENS = 4096
+"""Trunk tokens whose activations main memory holds where nothing else is set."""
 
 
 class MismatchError(RuntimeError):
@@ -114,7 +119,7 @@ class LearnerRank:
             self._networks,
             self._reference,
             records_are_old=self._records_are_old,
-            kept_tokens=learner.first_epoch_tokens,
+            kept_tokens=_kept_tokens(learner, self._device),
         )
         self._saver = state.Saver()
 
@@ -150,6 +155,7 @@ class LearnerRank:
         if self._reference is not None:
             self._reference.follow(plan.step)
         metrics |= mismatch(log_ratios) | summarise(meters, plan, self._algorithm)
+        metrics["resident_mb_learner"] = self._largest(resident_bytes() / 2**20)
         return metrics | (staleness(samples, plan, self._max_staleness) if self._max_staleness else {})
 
     def publish(
@@ -233,6 +239,10 @@ class LearnerRank:
             return False
         sampler = plan.step - 1  # version n is what step n left; not the version published last, which a replay skips
         return all(bool((sample.policy_versions == sampler).all()) for sample in samples)
+
+    def _largest(self, value: float) -> float:
+        """Return the largest of the ranks' values."""
+        return float(self._networks.policy.all_reduce(torch.tensor([value], dtype=torch.float64), "max")[0])
 
     def _num_updates(self) -> int:
         """Return the number of updates of all engines."""
@@ -330,6 +340,13 @@ class LearnerRank:
                 f"recorded log-probs must equal the learner's within {MAX_LOGPROB_GAP:g}, got a difference of "
                 f"{gap:.3g} (step {plan.step}); the engine samples from other weights, or attends in another way"
             )
+
+
+def _kept_tokens(learner: LearnerConfig, device: torch.device) -> int:
+    """Return `learner.first_epoch_tokens`; left out, a GPU holds what one micro-batch has anyway."""
+    if learner.first_epoch_tokens is not None:
+        return learner.first_epoch_tokens
+    return DEFAULT_KEPT_TOKENS if device.type == "cpu" else learner.microbatch_tokens
 
 
 def _records_are_old(algorithm: AlgorithmConfig, *, is_exact: bool, max_staleness: int) -> bool:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from learner.optimizer import NonFiniteError, ParameterGroup, adamw_groups
+from learner.optimizer import NonFiniteError, ParameterGroup, adamw_groups, clip
 
 if TYPE_CHECKING:
     from learner.config import OptimizerConfig
@@ -37,7 +37,7 @@ class LocalEngine:
         self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self._masters = {name: _master(p) for name, p in self._parameters.items()}
         self._optimizer = torch.optim.AdamW(
-            adamw_groups(self._masters, groups, config), betas=config.betas, eps=config.eps
+            adamw_groups(self._masters, groups, config), betas=config.betas, eps=config.eps, fused=True
         )
         self._num_updates = 0
         self._is_finite = True
@@ -64,7 +64,7 @@ class LocalEngine:
 
     def step(self, learning_rate: float) -> float:
         """Clip, update, zero the gradients; return the norm before clipping."""
-        norm = float(nn.utils.clip_grad_norm_(self._masters.values(), self._max_grad_norm))
+        norm = clip(list(self._masters.values()), self._max_grad_norm)
         if not (self._is_finite and math.isfinite(norm)):
             self.discard()
             raise NonFiniteError(f"loss and gradient must be finite, got gradient norm {norm}; the update was skipped")
@@ -108,7 +108,8 @@ class LocalEngine:
             with torch.no_grad():
                 master.copy_(saved["param"])
             moments = {key: saved[key].to(master.device, copy=True) for key in ("exp_avg", "exp_avg_sq")}
-            self._optimizer.state[master] = {"step": torch.tensor(float(num_updates)), **moments}
+            step = torch.tensor(float(num_updates), device=master.device)
+            self._optimizer.state[master] = {"step": step, **moments}
         self._num_updates = num_updates
         self._round_masters()
 

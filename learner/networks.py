@@ -131,6 +131,12 @@ class Networks:
 
     @staticmethod
     def _engine(module: torch.nn.Module, config: LearnerConfig, *, dtype: torch.dtype, rank: int) -> OptimizerEngine:
+        offloads = config.offload == "optimizer"
+        if offloads and next(module.parameters()).device.type == "cpu":
+            raise ValueError(
+                "learner.offload must be none without a GPU, got optimizer: its state is in main memory already; set "
+                "placement.learner_gpus to 1 or leave it out"
+            )
         return make_engine(
             module,
             config.optimizer,
@@ -139,4 +145,5 @@ class Networks:
             rank=rank,
             world_size=config.num_ranks,
             dtype=dtype,
+            offloads=offloads,
         )

@@ -105,6 +105,19 @@ def adamw_groups(
     ]
 
 
+def clip(parameters: Sequence[nn.Parameter], max_norm: float) -> float:
+    """Scale gradients to a global norm of at most `max_norm`, without a pass over those that are within it.
+
+    Returns:
+        The norm before.
+    """
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    length = float(norm)
+    if not length + 1e-6 <= max_norm:  # what torch adds; a norm that is no number scales too
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return length
+
+
 def make_engine(
     module: nn.Module,
     config: "OptimizerConfig",
@@ -115,6 +128,7 @@ def make_engine(
     world_size: int = 1,
     groups: Sequence[ParameterGroup] = (),
     dtype: torch.dtype = torch.float32,
+    offloads: bool = False,
 ) -> OptimizerEngine:
     """Return the engine that owns `module`, which is already on its device, and trains it in `dtype`.
 
@@ -127,6 +141,7 @@ def make_engine(
         world_size: processes that train together.
         groups: parameters with a learning rate of their own; the rest follow the schedule.
         dtype: of the forward pass; the optimizer works in float32.
+        offloads: keep master weights and moments in main memory, and update there; DeepSpeed from stage 1 on.
     """
     if backend == "local":
         from learner.local import LocalEngine
@@ -137,4 +152,4 @@ def make_engine(
     from learner.zero import ZeroEngine
 
     ranks = (rank, world_size)
-    return ZeroEngine(module, config, stage=zero_stage, ranks=ranks, groups=groups, dtype=dtype)
+    return ZeroEngine(module, config, stage=zero_stage, ranks=ranks, groups=groups, dtype=dtype, offloads=offloads)

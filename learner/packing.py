@@ -1,5 +1,6 @@
 """Puts sized things into bins: balanced over a fixed number, or as few as a capacity allows; deterministic."""
 
+import heapq
 from collections.abc import Sequence
 
 
@@ -12,16 +13,27 @@ def first_fit_decreasing(sizes: Sequence[int], capacity: int) -> list[list[int]]
         The items' indices, ascending within a bin; bins in the order in which they were opened.
     """
     bins: list[list[int]] = []
-    loads: list[int] = []
+    width = 1 << max(0, len(sizes) - 1).bit_length()
+    # A tree of the largest room below each node; leaves are the bins in the order in which they are opened.
+    room = [capacity] * (2 * width)
     for item in _longest_first(sizes):
-        fits = next((i for i, load in enumerate(loads) if load + sizes[item] <= capacity), None)
-        if fits is None:
-            bins.append([item])
-            loads.append(sizes[item])
-        else:
-            bins[fits].append(item)
-            loads[fits] += sizes[item]
+        node = width + len(bins) if sizes[item] > capacity else _first_leaf(room, sizes[item])
+        number = node - width
+        if number == len(bins):
+            bins.append([])
+        bins[number].append(item)
+        room[node] -= sizes[item]
+        while node > 1:
+            node //= 2
+            room[node] = max(room[2 * node], room[2 * node + 1])
     return [sorted(members) for members in bins]
+
+
+def _first_leaf(room: Sequence[int], size: int) -> int:
+    node = 1
+    while 2 * node < len(room):
+        node = 2 * node if room[2 * node] >= size else 2 * node + 1
+    return node
 
 
 def balance(sizes: Sequence[int], num_bins: int) -> list[list[int]]:
@@ -33,11 +45,11 @@ def balance(sizes: Sequence[int], num_bins: int) -> list[list[int]]:
         Graham 1969, "Bounds on multiprocessing timing anomalies" (longest processing time).
     """
     bins: list[list[int]] = [[] for _ in range(num_bins)]
-    loads = [0] * num_bins
+    lightest = [(0, number) for number in range(num_bins)]
     for item in _longest_first(sizes):
-        lightest = min(range(num_bins), key=lambda i: loads[i])
-        bins[lightest].append(item)
-        loads[lightest] += sizes[item]
+        load, number = lightest[0]
+        bins[number].append(item)
+        heapq.heapreplace(lightest, (load + sizes[item], number))
     return [sorted(members) for members in bins]
 
 

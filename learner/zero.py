@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import nn
 
 from learner.config import OptimizerConfig
-from learner.optimizer import NonFiniteError, ParameterGroup, adamw_groups
+from learner.optimizer import NonFiniteError, ParameterGroup, adamw_groups, clip
 from learner.process_group import join_group
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -43,7 +43,7 @@ class GuardedAdamW(torch.optim.AdamW):
         """Update, unless blocked or the gradient it was asked to clip is not finite."""
         if self.clip_norm is not None:
             parameters = [p for group in self.param_groups for p in group["params"]]
-            self.norm = float(nn.utils.clip_grad_norm_(parameters, self.clip_norm))
+            self.norm = clip(parameters, self.clip_norm)
             if not math.isfinite(self.norm):
                 return
         if not self.is_blocked:
@@ -63,6 +63,7 @@ class ZeroEngine:
         ranks: tuple[int, int] = (0, 1),
         groups: Sequence[ParameterGroup] = (),
         dtype: torch.dtype = torch.float32,
+        offloads: bool = False,
     ) -> None:
         self.module = module
         self.rank, self.world_size = ranks
@@ -73,8 +74,13 @@ class ZeroEngine:
         self._num_updates = 0
         self._is_finite = True
         self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        self._adamw = GuardedAdamW(adamw_groups(self._parameters, groups, config), betas=config.betas, eps=config.eps)
-        settings = deepspeed_config(config, stage=stage, dtype=dtype)
+        self._adamw = GuardedAdamW(
+            adamw_groups(self._parameters, groups, config), betas=config.betas, eps=config.eps, fused=True
+        )
+        settings = deepspeed_config(config, stage=stage, dtype=dtype, world_size=self.world_size)
+        if offloads:
+            pins = self._device.type != "cpu"
+            settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": pins}
         with contextlib.redirect_stdout(io.StringIO()):  # some stages print their memory use
             self._engine, *_ = self._deepspeed.initialize(model=module, optimizer=self._adamw, config=settings)
         if stage == 0 and dtype == torch.float32:
@@ -182,7 +188,7 @@ class ZeroEngine:
         masters = flat or [p for group in self._adamw.param_groups for p in group["params"]]
         for master in masters:
             zeros = {key: torch.zeros_like(master, requires_grad=False) for key in MOMENTS}
-            self._adamw.state[master] = {"step": torch.tensor(0.0), **zeros}
+            self._adamw.state[master] = {"step": torch.tensor(0.0, device=master.device), **zeros}
         if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
             optimizer._lazy_init_hp_params_optimizer_state()
 
@@ -216,8 +222,13 @@ class ZeroEngine:
         return {name: master_of[id(parameter)] for name, parameter in self._parameters.items()}
 
 
-def deepspeed_config(config: OptimizerConfig, *, stage: int, dtype: torch.dtype) -> dict[str, Any]:
+ALONE = {"contiguous_gradients": False, "reduce_bucket_size": 20_000_000}
+"""For one rank, which reduces nothing: else each micro-batch's gradients are copied into a buffer made for them."""
+
+
+def deepspeed_config(config: OptimizerConfig, *, stage: int, dtype: torch.dtype, world_size: int) -> dict[str, Any]:
     """Return DeepSpeed's configuration; micro-batch sizes are placeholders, as accumulation is not managed by it."""
+    alone = ALONE if world_size == 1 and stage in (1, 2) else {}
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -225,7 +236,7 @@ def deepspeed_config(config: OptimizerConfig, *, stage: int, dtype: torch.dtype)
         "steps_per_print": 10**9,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "zero_optimization": {"stage": stage, "overlap_comm": False},
+        "zero_optimization": {"stage": stage, "overlap_comm": False, **alone},
         "gradient_clipping": config.max_grad_norm,
     }
     if dtype == torch.bfloat16:

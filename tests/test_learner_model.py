@@ -108,3 +108,9 @@ def test_gradient_checkpointing_changes_no_gradient(critic):
     plain = gradients(learner_config(critic=critic))
     checkpointed = gradients(learner_config(critic=critic, gradient_checkpointing=True))
     assert all(torch.allclose(plain[name], checkpointed[name], atol=1e-6) for name in plain)
+
+
+def test_nothing_is_offloaded_without_a_gpu():
+    config = LearnerConfig.model_validate({"offload": "optimizer"})
+    with pytest.raises(ValueError, match=r"learner\.offload must be none without a GPU"):
+        Networks(toy_model(), config, scoring=SCORING, dtype=torch.float32, rank=0)
