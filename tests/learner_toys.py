@@ -179,6 +179,12 @@ def learner_rank(
     )
 
 
+def learnt(metrics: object) -> dict[str, float]:
+    """Return a step's metrics without those of the process, which no two runs share."""
+    assert isinstance(metrics, dict), f"a step that was made has metrics, got {metrics}"
+    return {name: value for name, value in metrics.items() if not name.startswith("resident_mb")}
+
+
 def parameters(learner: LearnerRank) -> dict[str, torch.Tensor]:
     """Return every trained parameter in full, by engine and name; collective."""
     return {

@@ -267,6 +267,7 @@ def calm_place(directory):
         num_held_out=0,
         max_waves=None,
         alike=0.0,
+        max_staleness=0,
     )
     said = []
     world = World(None, data, said.append)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests import learner_toys
-from tests.learner_toys import learner_config, learner_rank, parameters, toy_batch, toy_directory
+from tests.learner_toys import learner_config, learner_rank, learnt, parameters, toy_batch, toy_directory
 
 ROOT = Path(__file__).parent.parent
 WIDE = {"hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, "initializer_range": 0.05}
@@ -28,7 +28,7 @@ def run(directory: str, num_threads: int, critic: str) -> None:
     learner = learner_rank(directory, config)
     batch = toy_batch(directory, config, step=1)  # with one thread: the inputs are no part of the comparison
     torch.set_num_threads(num_threads)
-    metrics = learner.step(batch.tables, batch.plan)
+    metrics = learnt(learner.step(batch.tables, batch.plan))
     digest = hashlib.sha256(repr({name: value.hex() for name, value in sorted(metrics.items())}).encode())
     for name, parameter in sorted(parameters(learner).items()):
         digest.update(name.encode() + parameter.numpy().tobytes())

@@ -9,7 +9,7 @@ from learner.algorithm_config import AlgorithmConfig
 from learner.config import LoraConfig
 from learner.networks import Networks
 from learner.samples import read_samples
-from tests.learner_toys import learner_config, learner_rank, parameters, toy_batch, toy_directory
+from tests.learner_toys import learner_config, learner_rank, learnt, parameters, toy_batch, toy_directory
 
 ALL, SOME = 4096, 60
 PPO: dict[str, Any] = {"entropy_coef": 0.01}
@@ -51,7 +51,7 @@ def learn(directory: str, first_epoch_tokens: int | None, setting: str) -> Learn
         metrics = []
         for step in (1, 2):
             batch = toy_batch(directory, config, step=step)
-            metrics.append(learner.step(batch.tables, batch.plan))
+            metrics.append(learnt(learner.step(batch.tables, batch.plan)))
     return parameters(learner), metrics, len(calls)
 
 

@@ -35,6 +35,7 @@ METRICS = {
     "learner_logprob_gap",
     "num_tokens",
     "num_updates",
+    "resident_mb_learner",
     *MISMATCH_NAMES,
 }
 

@@ -18,7 +18,7 @@ from learner.reference import MovingReference
 from learner.samples import Sample, read_samples
 from learner.state import StateError
 from tests.checks import Case, Check, with_twins
-from tests.learner_toys import TEMPERATURE, learner_config, learner_rank, parameters, toy_batch, toy_directory
+from tests.learner_toys import TEMPERATURE, learner_config, learner_rank, learnt, parameters, toy_batch, toy_directory
 
 Weights = dict[str, torch.Tensor]
 
@@ -43,9 +43,7 @@ def rank(reference: dict[str, Any], **settings: Any) -> LearnerRank:
 
 def step(learner: LearnerRank, number: int) -> dict[str, float]:
     batch = toy_batch(toy(), CONFIG, step=number)
-    metrics = learner.step(batch.tables, batch.plan)
-    assert isinstance(metrics, dict)
-    return metrics
+    return learnt(learner.step(batch.tables, batch.plan))
 
 
 def policy_weights(learner: LearnerRank) -> Weights:
