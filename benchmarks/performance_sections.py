@@ -155,7 +155,8 @@ SECTIONS: tuple[Section, ...] = (
     Section(
         name="staleness",
         title="What old samples cost",
-        text="PPO on RandomWalks (1 = every walk as short as possible, an exact optimum), 80 steps at a quarter of the learning rate of the example, held-out random "
+        text="PPO on RandomWalks (1 = every walk as short as possible, an exact optimum), 80 steps at a "
+        "quarter of the example's learning rate, held-out random "
         "numbers. Corrected: old log-probs are recomputed and each token weighs the truncated old / recorded.",
         figures=(
             *(Figure(key=key, meaning=text, goal=">= 0.95", digits=3) for key, text in _SETTINGS.items()),
