@@ -192,10 +192,16 @@ def _algorithm_problems(config: RunConfig) -> Iterator[str]:
             "later ones; raise learner.epochs or learner.num_minibatches"
         )
     is_exact = config.policy.dtype == "float32" or (config.policy.dtype == "auto" and not config.placement.learner_gpus)
-    if algorithm.corrections and is_exact and algorithm.off_policy.old_logprobs == "auto":
+    is_on_policy = config.pipeline.max_staleness == 0
+    if algorithm.corrections and is_exact and is_on_policy and algorithm.off_policy.old_logprobs == "auto":
         yield (
-            f"algorithm.off_policy.old_logprobs must be recomputed with {algorithm.corrections}: in float32 auto takes "
-            "the recorded ones, and every ratio old / recorded is 1"
+            f"algorithm.off_policy.old_logprobs must be recomputed with {algorithm.corrections}: in float32 and "
+            "on-policy auto takes the recorded ones, and every ratio old / recorded is 1"
+        )
+    if config.learner.offload != "none" and not config.placement.learner_gpus:
+        yield (
+            f"learner.offload must be none without a GPU for the learner, got {config.learner.offload}: its state is "
+            "in main memory already; set placement.learner_gpus or leave it out"
         )
     component = algorithm.dynamic_sampling and algorithm.dynamic_sampling.component
     if component and component not in config.reward.components:

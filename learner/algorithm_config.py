@@ -84,7 +84,7 @@ class OffPolicyConfig(Config):
 
     old_logprobs: Literal["auto", "recorded", "recomputed"] = "auto"
     """recorded: the sampling policy stands for the old one; recomputed: the learner computes the old log-probs, at the
-    cost of a forward pass (decoupled PPO); auto: recorded in float32, recomputed in half precision."""
+    cost of a forward pass (decoupled PPO); auto: recorded in float32 without staleness, else recomputed."""
     weight: Literal["none", "token", "sequence"] = "token"
     """Importance weight of a token's loss: none, old / recorded of the token, or of its whole sequence."""
     max_weight: float | None = Field(default=2.0, gt=0)
