@@ -18,7 +18,7 @@ test: $(STAMP)  ## Run the tests that need neither a GPU nor patience
 	@$(BIN)/python -m pytest -q $(TESTS)
 
 faults: $(STAMP)  ## Kill, freeze and starve the processes of real runs, and simulate thousands more; about 20 minutes
-	@$(BIN)/python -m pytest -q -m "slow or not slow" tests/test_cluster_faults.py tests/test_cluster_ranks.py
+	@$(BIN)/python -m pytest -q -m "slow or not slow" tests/test_cluster_faults.py tests/test_cluster_ranks.py tests/test_cluster_run.py
 	@$(BIN)/python -m benchmarks.simulate --schedules 2000 --jobs 2
 	@$(BIN)/python -m benchmarks.simulate --planted --schedules 200
 

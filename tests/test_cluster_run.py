@@ -131,6 +131,7 @@ def test_ahead_of_the_learner_nothing_is_lost_and_a_replay_gives_the_same_weight
     assert all(torch.equal(tensor, weights[name]) for name, tensor in weights_of(again).items())
 
 
+@pytest.mark.slow
 def test_weights_by_broadcast_give_the_same_run_and_a_restarted_worker_catches_up_alone(straight, ray_cluster, data):
     weights = {"transport": "process_group", "bucket_bytes": 2**14, "timeout_s": 20.0}
     directory = straight.parent / "broadcast"
