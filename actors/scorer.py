@@ -167,14 +167,14 @@ def _swap_head(model: PreTrainedModel) -> ScoringLinear | None:
     return head if isinstance(head, ScoringLinear) else None
 
 
-_PROBE_SEED = 20240229
-_REFUSALS = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
+PROBE_SEED = 20240229
+REFUSALS = (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError)
 """What a model may raise when it is given a mask of a form it does not know."""
 
 
 def _probe_groups(model: PreTrainedModel) -> list[PromptGroup]:
     """Return two small groups of random tokens, long enough that positions and masks matter."""
-    generator = torch.Generator().manual_seed(_PROBE_SEED)
+    generator = torch.Generator().manual_seed(PROBE_SEED)
     vocab_size = model.config.get_text_config().vocab_size
 
     def tokens(count: int) -> list[int]:
@@ -191,7 +191,7 @@ def _log_softmax(hidden: torch.Tensor, weight: torch.Tensor | None, bias: torch.
     return logits.float().log_softmax(-1)
 
 
-def _is_close(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> bool:
+def is_close(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> bool:
     """Compare relative to the largest value: a wrong mask is far outside, rounding far inside."""
     found, expected = found.float(), expected.float()
     tolerance = 1e-3 if dtype in (torch.float32, torch.float64) else 0.05
@@ -208,7 +208,7 @@ def _head_is_last(scorer: Scorer, model: PreTrainedModel) -> bool:
     agrees = torch.equal(echo, marks)
     if agrees:
         plain = scorer.plain(row, _log_softmax)
-        agrees = _is_close(scorer.request(row, _log_softmax).tokens, plain.tokens, model.dtype)
+        agrees = is_close(scorer.request(row, _log_softmax).tokens, plain.tokens, model.dtype)
     if not agrees:
         logger.warning(
             "%s changes the logits after its output head: log-probs come from whole logits, which takes more memory",
@@ -237,12 +237,10 @@ def _takes_shared_rows(scorer: Scorer, model: PreTrainedModel) -> bool:
     padded = scorer(rows["padded"], _log_softmax)
     try:
         shared = scorer(rows["shared"], _log_softmax)
-    except _REFUSALS as error:
+    except REFUSALS as error:
         logger.info("%s takes no 4-D mask (%s); a row holds one sample", type(model).__name__, error)
         return False
-    agrees = _is_close(shared.states, padded.states, model.dtype) and _is_close(
-        shared.tokens, padded.tokens, model.dtype
-    )
+    agrees = is_close(shared.states, padded.states, model.dtype) and is_close(shared.tokens, padded.tokens, model.dtype)
     if not agrees:
         logger.info("%s does not follow a 4-D mask; a row holds one sample", type(model).__name__)
     return agrees

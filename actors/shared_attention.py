@@ -16,13 +16,12 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from actors.slots import HARMLESS_KEYWORDS
+
 IMPLEMENTATION = "concord_shared"
 
 CALL_COST = 600_000
 """Multiply-adds (pairs of tokens times the heads' width) that take as long as one more call of the kernel."""
-
-_HARMLESS_KEYWORDS = frozenset({"position_ids", "use_cache", "output_router_logits", "is_causal"})
-"""Keywords that models hand to attention and that do not change its result here."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +105,7 @@ def _attention(
     if shared_row is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **keywords)
     for keyword, setting in keywords.items():
-        if keyword not in _HARMLESS_KEYWORDS and (isinstance(setting, Tensor) or setting):
+        if keyword not in HARMLESS_KEYWORDS and (isinstance(setting, Tensor) or setting):
             raise ValueError(
                 f"attention over shared rows must be plain, got {keyword}={setting!r} ({type(module).__name__}); "
                 "give the row as a mask"

@@ -19,7 +19,7 @@ IMPLEMENTATION = "concord_slots"
 WINDOW_MULTIPLE = 16
 """Key-value windows and padded prompts are rounded up to this, so that their bits do not depend on company."""
 
-_HARMLESS_KEYWORDS = frozenset({"position_ids", "use_cache", "output_router_logits", "is_causal"})
+HARMLESS_KEYWORDS = frozenset({"position_ids", "use_cache", "output_router_logits", "is_causal"})
 """Keywords that models hand to attention and that do not change its result here."""
 
 
@@ -198,7 +198,7 @@ def _attention(
     if keywords.pop("dropout", 0.0):
         raise ValueError("attention dropout must be 0 while sampling; call model.eval() before the engine takes it")
     for keyword, setting in keywords.items():
-        if setting is not None and keyword not in _HARMLESS_KEYWORDS:
+        if setting is not None and keyword not in HARMLESS_KEYWORDS:
             raise ValueError(
                 f"attention keywords must be ones the torch engine implements, got {keyword!r} "
                 f"({type(module).__name__}); this architecture needs another engine"

@@ -119,7 +119,7 @@ def test_a_mask_is_left_out_where_that_is_cheaper():
 
 
 def test_a_model_is_left_alone_whose_attention_does_not_take_plans(monkeypatch):
-    monkeypatch.setattr(shared_attention, "_HARMLESS_KEYWORDS", frozenset())  # as if each keyword changed the result
+    monkeypatch.setattr(shared_attention, "HARMLESS_KEYWORDS", frozenset())  # as if each keyword changed the result
     model = toy_model()
     scorer = plans(Scorer(model))
     assert (scorer.layout, model.config._attn_implementation) == ("shared", "sdpa")
