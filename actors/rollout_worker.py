@@ -114,13 +114,7 @@ class RolloutWorker:
         check(prompt, PROMPTS, "rollout worker")
         if prompt.num_rows != 1:
             raise ValueError(f"a lease must come with one prompt, got {prompt.num_rows} rows ({lease.group_id})")
-        request = Request(
-            request_id=f"{lease.group_id}#{lease.lease_id}",
-            prompt_ids=prompt["prompt_ids"][0].as_py(),
-            num_samples=lease.num_samples,
-            seed=group_seed(lease.seed, lease.group_id),
-            sampling=lease.sampling,
-        )
+        request = self._request(prompt, lease)
         completions: list[Completion] = await self._thread.ask(Generate(request=request))
         table = rollouts_table(
             prompt,
@@ -177,6 +171,16 @@ class RolloutWorker:
         """End the engine thread; calls still waiting fail.  A second call does nothing."""
         if not self._thread.is_closed:
             await self._thread.ask(Close())
+
+    def _request(self, prompt: pa.Table, lease: Lease) -> Request:
+        """Return what the engine is asked for a prompt, PROMPTS of one row."""
+        return Request(
+            request_id=f"{lease.group_id}#{lease.lease_id}",
+            prompt_ids=prompt["prompt_ids"][0].as_py(),
+            num_samples=lease.num_samples,
+            seed=group_seed(lease.seed, lease.group_id),
+            sampling=lease.sampling,
+        )
 
     async def _meet(self, seat: StreamSeat) -> IncomingStream:
         """Join the stream's group and wait for its first bucket; the engine decodes on meanwhile."""

@@ -4,7 +4,6 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
-from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 
@@ -13,14 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 import cluster.session
-from actors.engine_thread import Generate
+from actors.engine import Request
 from actors.rollout_worker import Lease, RolloutWorker
 from benchmarks.trl_workload import Algorithm, Settings, Workload
 from cluster.config import RunConfig, read_yaml, to_yaml, validate
 from cluster.loop import train_step
 from cluster.run import Run
-
-_FORCED: ContextVar[tuple[int, ...]] = ContextVar("forced lengths of the group that is being asked for")
 
 _IDLE_AFTER_S, _LOOK_S, _BUSY_SHARE, _LONGEST_S = 0.5, 0.1, 0.5, 10.0
 """A run is idle when for so long no look, each so long, finds more than that share of a core in use; it is not waited
@@ -30,21 +27,9 @@ for longer than that."""
 class ForcedLengthsWorker(RolloutWorker):
     """A rollout worker whose responses have the lengths that the prompt's `extras` name."""
 
-    def __init__(self, **arguments: Any) -> None:
-        super().__init__(**arguments)
-        ask = self._thread.ask
-
-        async def ask_forced(command: Any) -> Any:
-            if isinstance(command, Generate):
-                command = replace(command, request=replace(command.request, forced_lengths=_FORCED.get()))
-            return await ask(command)
-
-        self._thread.ask = ask_forced  # type: ignore[method-assign]
-
-    async def generate(self, prompt: pa.Table, lease: Lease) -> tuple[pa.Table, dict[str, float]]:
-        """Generate one group."""
-        _FORCED.set(tuple(json.loads(prompt["extras"][0].as_py())["forced_lengths"]))  # of this call's own context
-        return await super().generate(prompt, lease)
+    def _request(self, prompt: pa.Table, lease: Lease) -> Request:
+        lengths = json.loads(prompt["extras"][0].as_py())["forced_lengths"]
+        return replace(super()._request(prompt, lease), forced_lengths=tuple(lengths))
 
 
 def make_config(
