@@ -83,7 +83,13 @@ class RolloutWorker:
             trust_remote_code=policy.trust_remote_code,
         )
         tokenizer = load_tokenizer(model_dir, trust_remote_code=policy.trust_remote_code)
-        engine = TorchEngine(model, tokenizer, max_rows=rollouts.max_rows, eos_ids=eos_ids(model, tokenizer))
+        engine = TorchEngine(
+            model,
+            tokenizer,
+            max_rows=rollouts.max_rows,
+            eos_ids=eos_ids(model, tokenizer),
+            pack_weights=policy.pack_weights,
+        )
         self._run_id = run_id
         self._transport = transport
         self._fetch_timeout_s = fetch_timeout_s

@@ -33,6 +33,7 @@ from actors.engine import (
     UpdateMode,
     check_request,
 )
+from actors.packed_linear import pack, repack
 from actors.sampling import sample, uniforms
 from actors.slots import WINDOW_MULTIPLE, Decode, Prefix, SlotCache, SlotContext, install, round_up
 from actors.weights import InPlaceWeights
@@ -100,6 +101,7 @@ class TorchEngine:
         eos_ids: tokens that end a response.
         max_len: longest prompt with response, tokens; None = what the model's positions allow.  Memory grows with need.
         logits_hook: see `LogitsHook`.
+        pack_weights: see `actors/packed_linear.py`; an update ends with packing again.
     """
 
     def __init__(
@@ -111,6 +113,7 @@ class TorchEngine:
         eos_ids: frozenset[int],
         max_len: int | None = None,
         logits_hook: LogitsHook | None = None,
+        pack_weights: bool = True,
     ) -> None:
         if max_rows < 1 or max_rows % ROW_MULTIPLE:
             raise ValueError(f"max_rows must be a multiple of {ROW_MULTIPLE}, got {max_rows}; round it up")
@@ -125,6 +128,8 @@ class TorchEngine:
         self._max_len = min(self._max_positions, max_len or self._max_positions)
         self._cache = SlotCache(max_rows)
         self._weights = InPlaceWeights(model)
+        if pack_weights:
+            pack(model)
         self._version = -1
         self._next: tuple[int, UpdateMode] | None = None
         self._asleep = False
@@ -209,6 +214,9 @@ class TorchEngine:
         if self._next is None:
             raise EngineError("an update must have begun before it ends; call begin_update() first")
         self._weights.end()
+        start = time.perf_counter()
+        repack(self._model)
+        self._stats.load_s += time.perf_counter() - start
         (self._version, mode), self._next = self._next, None
         for group in self._queue:
             group.prefilled = None

@@ -55,7 +55,9 @@ def main() -> None:
     _warm_up(plain, prompts)
     report: dict[str, float] = {"num_tokens": int(lengths.sum()), "threads": arguments.threads}
     for rows in arguments.rows:
-        engine = TorchEngine(owned, tokenizer, max_rows=rows, eos_ids=eos_ids(owned, tokenizer))
+        engine = TorchEngine(
+            owned, tokenizer, max_rows=rows, eos_ids=eos_ids(owned, tokenizer), pack_weights=arguments.pack_weights
+        )
         seconds = _in_turn(
             [partial(run_generate, plain, prompts, lengths, rows), partial(run_engine, engine, prompts, lengths)],
             repeats=arguments.repeats,
@@ -154,6 +156,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, nargs="+", default=[16, 32], help="rows decoded together")
     parser.add_argument("--repeats", type=int, default=3, help="the median of so many runs counts")
     parser.add_argument("--threads", type=int, default=1, help="torch threads")
+    parser.add_argument(
+        "--pack-weights", action=argparse.BooleanOptionalAction, default=True, help="see actors/packed_linear.py"
+    )
     parser.add_argument("--output", help="file for the line of JSON")
     return parser.parse_args()
 

@@ -30,6 +30,12 @@ ENVIRONMENT = {
 CPU_ENVIRONMENT = ENVIRONMENT | {"DS_ACCELERATOR": "cpu"}
 """Of processes without a GPU: DeepSpeed need not look for one."""
 
+LEARNER_ENVIRONMENT = CPU_ENVIRONMENT | {
+    "MALLOC_MMAP_THRESHOLD_": str(2**32),  # glibc: a large tensor takes memory that another one has given back, instead
+    "MALLOC_TRIM_THRESHOLD_": str(2**34),  # of new pages that the kernel fills with zeros, which takes a tenth of a step
+}
+"""Of learners without a GPU; they hold on to the most memory that a step took."""
+
 
 def local_environment() -> dict[str, str]:
     """Return the environment variables for training in this very process, before torch is loaded."""
@@ -59,7 +65,8 @@ class Processes:
     def environment(self) -> dict[str, str]:
         """Return the environment variables of these processes; the driver's planned faults are theirs too."""
         planned = {name: os.environ[name] for name in faults.VARIABLES if name in os.environ}
-        return (ENVIRONMENT if self.gpus else CPU_ENVIRONMENT) | planned
+        on_cpu = LEARNER_ENVIRONMENT if self.role == "learner" else CPU_ENVIRONMENT
+        return (ENVIRONMENT if self.gpus else on_cpu) | planned
 
     def options(self) -> dict[str, Any]:
         """Return Ray actor options."""

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from actors.encoding import Prompt
+from actors.packed_linear import pack
 from reward.model import RewardModel
 
 
@@ -16,9 +17,15 @@ class Ensemble:
         self._members = members
 
     @classmethod
-    def load(cls, models: Sequence[str], *, device: torch.device, dtype: torch.dtype) -> "Ensemble":
-        """Return the ensemble of saved reward models."""
-        return cls([RewardModel.load(model, device=device, dtype=dtype) for model in models])
+    def load(
+        cls, models: Sequence[str], *, device: torch.device, dtype: torch.dtype, pack_weights: bool = True
+    ) -> "Ensemble":
+        """Return the ensemble of saved reward models, packed where `actors.packed_linear` can."""
+        members = [RewardModel.load(model, device=device, dtype=dtype) for model in models]
+        if pack_weights:
+            for member in members:
+                pack(member.trunk, is_final=True)
+        return cls(members)
 
     def score(
         self, texts: Sequence[str], *, prompt: Prompt | None, max_tokens: int

@@ -7,6 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from actors.config import PolicyConfig
+from actors.packed_linear import pack
 from actors.policy import load_model, resolve_dtype
 from actors.scoring import reference_logprobs, scorer_of
 from reward.shared_rows import own_tokens
@@ -27,6 +28,8 @@ class ReferencePolicy:
             trust_remote_code=policy.trust_remote_code,
         ).requires_grad_(False)
         scorer_of(self._model)  # tries out now, not at the first group, how the model may be asked
+        if policy.pack_weights:
+            pack(self._model, is_final=True)
 
     def logprobs(self, prompt_ids: Sequence[int], responses: Sequence[Sequence[int]]) -> list[np.ndarray]:
         """Return the log-probs of one group's responses at the run's temperature: [R] float32 each."""

@@ -79,7 +79,9 @@ class RewardWorker:
                 self._functions[name] = RewardFunction(name, config.function, config.arguments)
             else:
                 members = [config.model, *config.ensemble] if config.model else []
-                self._models[name] = Ensemble.load(members, device=place, dtype=resolve_dtype("auto", place))
+                self._models[name] = Ensemble.load(
+                    members, device=place, dtype=resolve_dtype("auto", place), pack_weights=policy.pack_weights
+                )
         self._reference: ReferencePolicy | None = None
         if reference_dir is not None:
             self._reference = ReferencePolicy(reference_dir, policy, temperature=temperature, device=place)

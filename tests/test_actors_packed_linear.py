@@ -1,0 +1,101 @@
+"""Packed products: right, the same in any company, taken anew with every version, and refused where they are not so."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from actors import packed_linear, torch_engine
+from actors.packed_linear import PackedLinear, pack, repack
+from actors.scorer import ScoringLinear
+from tests.engine_toys import PROMPTS, build, make_engine, plain_logprobs, request, serve, update, weights
+
+SHAPES = [(64, 64), (192, 576), (576, 1536), (40, 96), (23, 24), (1024, 64)]
+
+
+def layer(shape, *, bias=False) -> nn.Linear:
+    generator = torch.Generator().manual_seed(shape[0])
+    built = nn.Linear(shape[1], shape[0], bias=bias)
+    with torch.no_grad():
+        for parameter in built.parameters():
+            parameter.normal_(generator=generator)
+    return built
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("bias", [False, True])
+@torch.no_grad()
+def test_products_are_right_and_a_row_keeps_its_bits_in_any_company(shape, bias):
+    linear = layer(shape, bias=bias)
+    rows = torch.randn(96, shape[1], generator=torch.Generator().manual_seed(1))
+    expected = linear(rows)
+    assert pack(nn.ModuleList([linear])) == 1
+    assert type(linear) is PackedLinear
+    found = linear(rows)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    threads = torch.get_num_threads()
+    try:
+        for num_threads in (1, 2):
+            torch.set_num_threads(num_threads)
+            for count in (4, 5, 8, 13, 32, 96):
+                assert torch.equal(linear(rows[:count]), found[:count])
+                assert torch.equal(linear(rows[-count:, None])[:, 0], found[-count:])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_layers_that_are_not_plain_float32_stay_as_they_are():
+    half, taken = layer((64, 64)).bfloat16(), layer((64, 64))
+    taken.__class__ = ScoringLinear
+    model = nn.ModuleList([half, taken, nn.LayerNorm(64), nn.Embedding(8, 64)])
+    assert pack(model) == 0
+    assert type(half) is nn.Linear
+
+
+@torch.no_grad()
+def test_a_changed_weight_counts_from_repacking_on():
+    linear, rows = layer((64, 64)), torch.ones(4, 64)
+    pack(nn.ModuleList([linear]))
+    before = linear(rows)
+    linear.weight.mul_(2.0)
+    assert torch.equal(linear(rows), before)
+    repack(nn.ModuleList([linear]))
+    assert torch.equal(linear(rows), 2.0 * before)
+
+
+@torch.no_grad()
+def test_a_model_that_stays_as_it_is_gives_its_plain_weights_back():
+    linear, rows = layer((64, 64), bias=True), torch.ones(4, 64)
+    expected = linear(rows)
+    pack(nn.ModuleList([linear]), is_final=True)
+    torch.testing.assert_close(linear(rows), expected)
+    assert linear.weight.untyped_storage().nbytes() == 4
+    assert linear.weight.shape == (64, 64)
+    assert linear.weight.isnan().all()  # whoever still reads it must notice
+
+
+@pytest.mark.parametrize(
+    "flaw",
+    [
+        pytest.param(lambda result: result + 1e-6 * len(result), id="depends on company"),
+        pytest.param(lambda result: 1.01 * result, id="wrong"),
+    ],
+)
+@torch.no_grad()
+def test_products_with_a_flaw_are_not_used(flaw, monkeypatch):
+    product = packed_linear._product
+    monkeypatch.setattr(packed_linear, "_product", lambda *arguments: flaw(product(*arguments)))
+    linear = layer((64, 64))
+    assert pack(nn.ModuleList([linear])) == 0
+    assert type(linear) is nn.Linear
+
+
+@pytest.mark.parametrize("repacks", [True, False], ids=["", "planted bug"])
+def test_an_engine_samples_with_the_weights_of_its_version(repacks, monkeypatch):
+    if not repacks:
+        monkeypatch.setattr(torch_engine, "repack", lambda model: None)
+    engine = make_engine("llama", seed=0)
+    update(engine, 1, weights("llama", 7))
+    completion = serve(engine, request("c", PROMPTS["c"]))["c", 0]
+    expected = plain_logprobs(build("llama", 7), PROMPTS["c"], completion.response_ids)
+    assert (np.abs(completion.logprobs - expected).max() < 1e-4) == repacks
