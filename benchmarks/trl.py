@@ -7,7 +7,8 @@ the policy), with Concord's critic a network of its own (`*_ppo`) or a head on t
 against TRL 1.16 with the same scripted reward on both sides.  Two workloads: `uniform` and `realistic`
 (`benchmarks.trl_workload`).  Both sides live through a comparison, each in its own processes, and iterations alternate:
 one to warm up, then `--repeats` that count.  While one side works the other one waits, and how much it computes
-meanwhile is measured.  Prints the phases, and last one line of JSON: TRL's median time over Concord's by comparison.
+meanwhile is measured.  With `--apart` one side ends before the other one begins, where memory does not hold both.
+Prints the phases, and last one line of JSON: TRL's median time over Concord's by comparison.
 """
 
 import argparse
@@ -17,12 +18,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import psutil
 from transformers import PreTrainedTokenizerBase
@@ -71,6 +72,25 @@ COMPARISONS = {
     for workload in ("uniform", "realistic")
     for name, algorithm, critic in _KINDS
 }
+
+
+class Side(Protocol):
+    """What takes part.  Use as a context manager."""
+
+    ready: Any
+    """How it is set up."""
+
+    def __enter__(self) -> "Side":
+        """Be ready."""
+
+    def __exit__(self, *exception: object) -> None:
+        """End every process."""
+
+    def step(self) -> dict[str, Any]:
+        """Make an iteration; return what it took and saw."""
+
+    def processes(self) -> list[psutil.Process]:
+        """Return all that belong to it."""
 
 
 class Trl:
@@ -170,7 +190,7 @@ def compare(
     comparison: Comparison, arguments: argparse.Namespace, directory: str, *, model: str, judge: str, environment: str
 ) -> dict[str, Any]:
     """Run both sides in turn; return the ratio of their medians, and everything measured."""
-    from benchmarks.trl_ours import Concord, cpu_s, make_config, resident_bytes
+    from benchmarks.trl_ours import Concord, make_config, resident_bytes
 
     tokenizer = load_tokenizer(model)
     workload = make_workload(comparison.workload, PromptEncoder(tokenizer).encode)
@@ -199,27 +219,46 @@ def compare(
         settings=SETTINGS,
         overrides=arguments.set,
     )
-    turns: dict[str, list[dict[str, Any]]] = {"trl": [], "concord": []}
-    with ExitStack() as stack:
-        trl = stack.enter_context(Trl(environment, job, directory))
-        concord = stack.enter_context(Concord(config, strangers=[trl.pid]))
-        sides: dict[str, Any] = {"trl": trl, "concord": concord}
-        _print_rules(workload, trl.ready, concord.settings)
-        for _ in range(iterations):
-            for name, other in (("trl", "concord"), ("concord", "trl")):
-                working, waiting = sides[name].processes(), sides[other].processes()
-                before = cpu_s(working), cpu_s(waiting)
-                turn = sides[name].step()
-                turn["cpu_s"] = cpu_s(working) - before[0]
-                turn["other_used"] = (cpu_s(waiting) - before[1]) / turn["seconds"]
-                turns[name].append(turn)
-                print(f"  {name:8} {turn['seconds']:7.2f} s", flush=True)
-            _check_same(turns["trl"][-1], turns["concord"][-1], workload)
-        memory = {name: round(resident_bytes(side.processes()) / 2**30, 2) for name, side in sides.items()}
+    sides: dict[str, Callable[[Sequence[int]], Side]] = {
+        "trl": lambda _: Trl(environment, job, directory),
+        "concord": lambda strangers: Concord(config, strangers=strangers),
+    }
+    turns: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
+    memory: dict[str, float] = {}
+    ready: dict[str, Any] = {}
+    for together in [[name] for name in sides] if arguments.apart else [list(sides)]:
+        with ExitStack() as stack:
+            live: dict[str, Side] = {}
+            for name in together:
+                strangers = [process.pid for side in live.values() for process in side.processes()]
+                live[name] = stack.enter_context(sides[name](strangers))
+                ready[name] = live[name].ready
+            for _ in range(iterations):
+                for name, side in live.items():
+                    others = [process for other in live if other != name for process in live[other].processes()]
+                    turns[name].append(_take_turn(name, side, others))
+            memory |= {name: round(resident_bytes(side.processes()) / 2**30, 2) for name, side in live.items()}
+    _print_rules(workload, ready["trl"], ready["concord"], is_apart=arguments.apart)
+    for pair in zip(turns["trl"], turns["concord"], strict=True):
+        _check_same(*pair, workload)
     counted = {name: found[1:] for name, found in turns.items()}
     report = _summary(comparison, workload, counted, model=model, peak=peak)
     _print_phases(report)
-    return report | {"load": load, "memory_gib": memory, "trl_settings": trl.ready}
+    settings = {"trl": ready["trl"], "concord": arguments.set}
+    return report | {"load": load, "memory_gib": memory, "settings": settings, "apart": arguments.apart}
+
+
+def _take_turn(name: str, side: Side, others: Sequence[psutil.Process]) -> dict[str, Any]:
+    """Let a side make an iteration; add what it used and what the other processes used meanwhile."""
+    from benchmarks.trl_ours import cpu_s
+
+    working = side.processes()
+    before = cpu_s(working), cpu_s(others)
+    turn = side.step()
+    turn["cpu_s"] = cpu_s(working) - before[0]
+    turn["other_used"] = (cpu_s(others) - before[1]) / turn["seconds"]
+    print(f"  {name:8} {turn['seconds']:7.2f} s", flush=True)
+    return turn
 
 
 def _check_same(trl: dict[str, Any], concord: dict[str, Any], workload: Workload) -> None:
@@ -282,17 +321,27 @@ def _phases(
     return phases
 
 
-def _print_rules(workload: Workload, trl: dict[str, Any], concord: str) -> None:
+def _print_rules(workload: Workload, trl: dict[str, Any], concord: str, *, is_apart: bool) -> None:
     """Print what is equal, and how each side is set up."""
     tokens = sum(sum(lengths) for lengths in workload.lengths)
     print(
         f"{workload.name}: {len(workload.prompts)} prompts x {workload.num_samples} samples, prompt "
         f"{len(workload.prompt_ids[0])} tokens, {tokens} response tokens, longest {workload.max_new_tokens}\n"
         f"  EOS rule: {workload.eos_rule}\n"
+        f"  order: {'one side after the other' if is_apart else 'iteration by iteration, in turn'}\n"
         f"  both: float32, {THREADS} cores, 1 epoch, 1 minibatch, 1 update; {asdict(SETTINGS)}\n"
         f"  TRL: {trl['ready']}, {trl['settings']}"
     )
-    wanted = ("backend:", "zero_stage:", "microbatch_tokens:", "critic:", "num_minibatches:", "epochs:", "_threads:")
+    wanted = (
+        "backend:",
+        "zero_stage:",
+        "microbatch_tokens:",
+        "critic:",
+        "num_minibatches:",
+        "epochs:",
+        "_threads:",
+        "num_workers:",
+    )
     lines = [line.strip() for line in concord.splitlines() if any(part in line for part in wanted)]
     print(f"  Concord: {', '.join(lines)}", flush=True)
 
@@ -379,6 +428,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--environments", default=os.path.join(cache_directory(), "peers"), help="where TRL is kept")
     parser.add_argument("--microbatch", type=int, default=8, help="TRL's sequences in one forward and backward")
     parser.add_argument("--rollout-rows", type=int, default=32, help="TRL PPO's sequences generated and scored at once")
+    parser.add_argument("--apart", action="store_true", help="one side after the other")
     parser.add_argument("--set", action="append", default=[], help="section.field=value of Concord's configuration")
     parser.add_argument("--output", help="also write the last line to this file")
     return parser.parse_args()

@@ -119,6 +119,7 @@ class Concord:
         self._strangers = frozenset(strangers)
         self._run = Run(config)
         self._steps = self._run.steps()
+        self.ready = to_yaml(self._run.config)
 
     def __enter__(self) -> "Concord":
         return self
@@ -126,11 +127,6 @@ class Concord:
     def __exit__(self, *exception: object) -> None:
         self._steps.close()  # type: ignore[attr-defined]
         self._run.__exit__(*exception)
-
-    @property
-    def settings(self) -> str:
-        """Return the resolved configuration as YAML."""
-        return to_yaml(self._run.config)
 
     def step(self) -> dict[str, Any]:
         """Take a step; return seconds, seconds by phase, the prompts' ids and the responses' lengths, row by row.
