@@ -114,12 +114,13 @@ SECTIONS: tuple[Section, ...] = (
         name="trl",
         title="Concord and TRL, side by side",
         text="TRL's time of a training iteration over Concord's: median iterations of one run in which the two take "
-        "turns, with the same model (SmolLM2-135M), prompts, response lengths, learning rate, one epoch, one "
-        "minibatch, float32, KL to the reference, both cores for both. PPO against TRL 1.12 (as large a reward "
-        "model and critic), GRPO against TRL 1.16 (the same scripted reward). *Uniform*: 8 prompts x 4 responses, "
-        "prompts of 44 tokens, 64 new ones. *Realistic*: 4 x 8, prompts of 200, lognormal lengths, mean 50, at "
-        "most 128. Nothing is overlapped in either: the difference is work not done (shared prompts, no repeated "
-        "forwards, no padding).",
+        "turns (GRPO), or one follows the other (PPO, whose seven networks fill the memory), with the same model "
+        "(SmolLM2-135M), prompts, response lengths, learning rate, one epoch, one minibatch, float32, KL to the "
+        "reference, both cores for both. PPO against TRL 1.12 (as large a reward model and critic), GRPO against "
+        "TRL 1.16 (the same scripted reward). *Uniform*: 8 prompts x 4 responses, prompts of 44 tokens, 64 new "
+        "ones. *Realistic*: 4 x 8, prompts of 200, lognormal lengths, mean 50, at most 128. Concord has two "
+        "rollout and two reward workers of one thread each and staleness 0: the difference is work not done "
+        "(shared prompts, no repeated forwards, no padding), and packed weights.",
         figures=tuple(
             Figure(key=f"{workload}_{name}", meaning=f"{workload}: {meaning}", goal=f">= {goal}")
             for workload, goals in _TRL_GOALS.items()

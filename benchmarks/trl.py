@@ -7,8 +7,9 @@ the policy), with Concord's critic a network of its own (`*_ppo`) or a head on t
 against TRL 1.16 with the same scripted reward on both sides.  Two workloads: `uniform` and `realistic`
 (`benchmarks.trl_workload`).  Both sides live through a comparison, each in its own processes, and iterations alternate:
 one to warm up, then `--repeats` that count.  While one side works the other one waits, and how much it computes
-meanwhile is measured.  With `--apart` one side ends before the other one begins, where memory does not hold both.
-Prints the phases, and last one line of JSON: TRL's median time over Concord's by comparison.
+meanwhile is measured.  With PPO, whose seven networks fill 23 GB, one side ends before the other one begins, and the
+machine's speed is measured before each.  Prints the phases, and last one line of JSON: TRL's median time over Concord's
+by comparison.
 """
 
 import argparse
@@ -40,6 +41,8 @@ VERSIONS: dict[Algorithm, str] = {"ppo": "1.12.0", "grpo": "1.16.0"}
 """TRL's, by algorithm: the last one with PPO, and the one that is current."""
 TRL_NEEDS = ("accelerate", "datasets", "pandas", "rich")
 SETTINGS = Settings()
+OUR_SETTINGS = ("rollouts.num_workers=2", "reward.num_workers=2", "learner.backend=local")
+"""What suits one machine with two cores: workers of one thread each, a learner without ranks."""
 MAX_IDLE_SHARE = 0.1
 """Of one core, that a side may use while the other one works; Ray's own processes look after themselves with less."""
 
@@ -55,6 +58,11 @@ class Comparison:
     workload: str
     algorithm: Algorithm
     critic: Critic
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether one side ends before the other one begins."""
+        return self.has_judge
 
     @property
     def has_judge(self) -> bool:
@@ -207,7 +215,6 @@ def compare(
         "rollout_rows": arguments.rollout_rows,
     }
     load = os.getloadavg()[0]
-    peak = gemm_peak(threads=THREADS)
     config = make_config(
         directory,
         workload,
@@ -217,7 +224,7 @@ def compare(
         critic="separate" if comparison.critic == "separate" else "trunk",
         num_steps=iterations,
         settings=SETTINGS,
-        overrides=arguments.set,
+        overrides=[*OUR_SETTINGS, *arguments.set],
     )
     sides: dict[str, Callable[[Sequence[int]], Side]] = {
         "trl": lambda _: Trl(environment, job, directory),
@@ -226,7 +233,9 @@ def compare(
     turns: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
     memory: dict[str, float] = {}
     ready: dict[str, Any] = {}
-    for together in [[name] for name in sides] if arguments.apart else [list(sides)]:
+    peaks = []
+    for together in [[name] for name in sides] if comparison.is_apart else [list(sides)]:
+        peaks.append(gemm_peak(threads=THREADS))
         with ExitStack() as stack:
             live: dict[str, Side] = {}
             for name in together:
@@ -238,14 +247,15 @@ def compare(
                     others = [process for other in live if other != name for process in live[other].processes()]
                     turns[name].append(_take_turn(name, side, others))
             memory |= {name: round(resident_bytes(side.processes()) / 2**30, 2) for name, side in live.items()}
-    _print_rules(workload, ready["trl"], ready["concord"], is_apart=arguments.apart)
+    _print_rules(workload, ready["trl"], ready["concord"], is_apart=comparison.is_apart)
     for pair in zip(turns["trl"], turns["concord"], strict=True):
         _check_same(*pair, workload)
     counted = {name: found[1:] for name, found in turns.items()}
-    report = _summary(comparison, workload, counted, model=model, peak=peak)
+    report = _summary(comparison, workload, counted, model=model, peak=max(peaks))
     _print_phases(report)
-    settings = {"trl": ready["trl"], "concord": arguments.set}
-    return report | {"load": load, "memory_gib": memory, "settings": settings, "apart": arguments.apart}
+    settings = {"trl": ready["trl"], "concord": [*OUR_SETTINGS, *arguments.set]}
+    peaks_gflops = [round(value / 1e9, 1) for value in peaks]
+    return report | {"load": load, "memory_gib": memory, "settings": settings, "gemm_peaks_gflops": peaks_gflops}
 
 
 def _take_turn(name: str, side: Side, others: Sequence[psutil.Process]) -> dict[str, Any]:
@@ -428,7 +438,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--environments", default=os.path.join(cache_directory(), "peers"), help="where TRL is kept")
     parser.add_argument("--microbatch", type=int, default=8, help="TRL's sequences in one forward and backward")
     parser.add_argument("--rollout-rows", type=int, default=32, help="TRL PPO's sequences generated and scored at once")
-    parser.add_argument("--apart", action="store_true", help="one side after the other")
     parser.add_argument("--set", action="append", default=[], help="section.field=value of Concord's configuration")
     parser.add_argument("--output", help="also write the last line to this file")
     return parser.parse_args()
