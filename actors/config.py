@@ -66,8 +66,8 @@ class PolicyConfig(Config):
     trust_remote_code: bool = False
     """Run Python code that ships with the model. Leave off for anything you have not read."""
     pack_weights: bool = True
-    """On a CPU, bring weights into the order that float32 products read fastest. Less time in rollout and reward workers;
-    a rollout worker needs memory for its weights twice."""
+    """On a CPU, bring weights into the order that float32 products read fastest: less time in rollout and reward
+    workers; a rollout worker needs memory for its weights twice."""
 
 
 class PromptsConfig(Config):

@@ -10,6 +10,7 @@ which is what the torch engine and the judges promise; that is tried out once fo
 """
 
 import logging
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,17 +20,20 @@ logger = logging.getLogger(__name__)
 
 _PROBE_SEED = 20240317
 _PROBE_ROWS = (4, 7, 12, 61, 256)
+_PIECE_BYTES = 2**24
 _TOLERANCE = 1e-4  # of the largest value: two orders of summing differ by less, a wrong product by far more
 
 
 class PackedLinear(nn.Linear):
     """A linear layer without gradient whose products read the packed copy; `weight` is what was packed."""
 
-    packed: Tensor
+    packed: list[Tensor]
+    """Of some rows of the weight each, one after another."""
 
     def repack(self) -> None:
-        """Pack the weight as it is now."""
-        self.packed = _pack(self.weight)
+        """Pack the weight as it is now, in place."""
+        for target, rows in zip(self.packed, _pieces(self.weight), strict=True):
+            target.copy_(rows.to_mkldnn())  # another order within the same memory: no new pages
 
     def forward(self, input: Tensor) -> Tensor:
         """Return `input @ weight.T + bias`, [..., out]."""
@@ -59,7 +63,7 @@ def pack(model: nn.Module, *, is_final: bool = False) -> int:
                 logger.info("products with a %s matrix depend on their company when packed: not packed", tuple(shape))
         if keeps_bits[shape]:
             layer.__class__ = PackedLinear
-            layer.repack()  # type: ignore[operator]
+            layer.packed = _pack(layer.weight)  # type: ignore[assignment]
             if is_final:
                 nothing = torch.full((), torch.nan).expand(shape)
                 layer.weight = nn.Parameter(nothing, requires_grad=False)
@@ -74,14 +78,23 @@ def repack(model: nn.Module) -> None:
             layer.repack()
 
 
-def _pack(weight: Tensor) -> Tensor:
-    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
-    return packed
+def _pieces(weight: Tensor) -> Sequence[Tensor]:
+    """Return the weight in pieces, so that packing it again takes little memory beside it."""
+    rows = max(1, _PIECE_BYTES // (weight.shape[1] * weight.element_size()))
+    return weight.detach().split(rows)
 
 
-def _product(input: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
-    result: Tensor = torch.ops.mkldnn._linear_pointwise(input, packed, bias, "none", [], "")
-    return result
+def _pack(weight: Tensor) -> list[Tensor]:
+    return [torch.ops.mkldnn._reorder_linear_weight(rows, None) for rows in _pieces(weight)]
+
+
+def _product(input: Tensor, packed: Sequence[Tensor], bias: Tensor | None) -> Tensor:
+    if len(packed) == 1:
+        result: Tensor = torch.ops.mkldnn._linear_pointwise(input, packed[0], bias, "none", [], "")
+        return result
+    results = [torch.ops.mkldnn._linear_pointwise(input, piece, None, "none", [], "") for piece in packed]
+    together = torch.cat(results, dim=-1)
+    return together if bias is None else together.add_(bias)
 
 
 @torch.no_grad()

@@ -24,13 +24,17 @@ def layer(shape, *, bias=False) -> nn.Linear:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("num_pieces", [1, 3])
 @torch.no_grad()
-def test_products_are_right_and_a_row_keeps_its_bits_in_any_company(shape, bias):
+def test_products_are_right_and_a_row_keeps_its_bits_in_any_company(shape, bias, num_pieces, monkeypatch):
+    rows_of_a_piece = -(-shape[0] // num_pieces)
+    monkeypatch.setattr(packed_linear, "_PIECE_BYTES", rows_of_a_piece * shape[1] * 4)
     linear = layer(shape, bias=bias)
     rows = torch.randn(96, shape[1], generator=torch.Generator().manual_seed(1))
     expected = linear(rows)
     assert pack(nn.ModuleList([linear])) == 1
     assert type(linear) is PackedLinear
+    assert len(linear.packed) == num_pieces
     found = linear(rows)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     threads = torch.get_num_threads()
@@ -52,15 +56,18 @@ def test_layers_that_are_not_plain_float32_stay_as_they_are():
     assert type(half) is nn.Linear
 
 
+@pytest.mark.parametrize("piece_bytes", [2**24, 2**12])
 @torch.no_grad()
-def test_a_changed_weight_counts_from_repacking_on():
+def test_a_changed_weight_counts_from_repacking_on_and_takes_no_new_memory(piece_bytes, monkeypatch):
+    monkeypatch.setattr(packed_linear, "_PIECE_BYTES", piece_bytes)
     linear, rows = layer((64, 64)), torch.ones(4, 64)
     pack(nn.ModuleList([linear]))
-    before = linear(rows)
+    before, packed = linear(rows), list(linear.packed)
     linear.weight.mul_(2.0)
     assert torch.equal(linear(rows), before)
     repack(nn.ModuleList([linear]))
     assert torch.equal(linear(rows), 2.0 * before)
+    assert all(now is then for now, then in zip(linear.packed, packed, strict=True))
 
 
 @torch.no_grad()

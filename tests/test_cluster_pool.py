@@ -385,6 +385,20 @@ def test_kinds_of_failures(kind, error):
     assert len(found.text) <= 600
 
 
+def test_only_a_learner_on_a_cpu_holds_on_to_freed_memory():
+    def environment(role, gpus):
+        return Processes(role=role, count=1, cpus=1, gpus=gpus, threads=1).environment
+
+    on_cpu = environment("learner", 0)
+    assert {name for name in on_cpu if name.startswith("MALLOC_")} == {
+        "MALLOC_MMAP_THRESHOLD_",
+        "MALLOC_TRIM_THRESHOLD_",
+    }
+    assert on_cpu.items() >= environment("rollout", 0).items()
+    for other in (environment("learner", 1), environment("rollout", 0), environment("reward", 0)):
+        assert not any(name.startswith("MALLOC_") for name in other)
+
+
 def test_planned_faults_reach_the_workers_where_the_driver_has_them(monkeypatch):
     processes = Processes(role="rollout", count=1, cpus=1, gpus=0, threads=1)
     for name in faults.VARIABLES:
