@@ -15,8 +15,9 @@ from typing import Any
 
 from actors.streams import StreamOffer
 from cluster.calls import Calls, Heartbeats, Pending
+from cluster.distribution import Distribution
 from cluster.fleet import Fleet, FleetConfig, FleetError, Member, MemberState, NotReadyError
-from cluster.ledger import GroupState, Ledger
+from cluster.ledger import Ledger
 from cluster.limits import Limits
 from cluster.messages import Call, Command, Failure, FailureKind, Kill, Lease, Role, Start, Verb, Weights, WorkerId
 from cluster.rounds import Group, Queue, Round
@@ -49,8 +50,7 @@ class Dispatcher:
         self.fleets = {role: Fleet(role, config) for role, config in fleets.items()}
         self.error: Exception | None = None
         """Why no more commands come."""
-        self.weights_lost = ""
-        """Why the newest publication cannot be fetched; empty while it can."""
+        self.distribution = Distribution(self.fleets[Role.ROLLOUT])
         self._limits = limits
         self._ledger = ledger
         self._rounds: dict[Any, Round] = {}
@@ -63,9 +63,6 @@ class Dispatcher:
         self._counters: Counter[str] = Counter()
         self._num_calls = 0
         self._num_groups = 0
-        self._target: Weights | None = None
-        self._publication: Any = None
-        self._base: Weights | None = None
         self._largest_group = 0
         self.usage = FleetUsage(self.fleets)
         self.stats: dict[WorkerId, dict[str, float]] = {}
@@ -112,9 +109,7 @@ class Dispatcher:
             now: seconds.
             base: what a worker must sample from to be able to take it on; None = anything.
         """
-        self._target, self._publication, self._base, self.weights_lost = weights, publication, base, ""
-        for member in self.fleets[Role.ROLLOUT].members:
-            member.load_failure = ""
+        self.distribution.publish(weights, publication, base=base)
         self._dispatch(now)
 
     def offer(
@@ -122,31 +117,14 @@ class Dispatcher:
     ) -> StreamOffer | None:
         """Offer weights that are about to be broadcast to the workers that can take part; None where none can.
 
-        Others, and those for whom it fails, want them another way: see `weights_wanted`.
+        Others, and those for whom it fails, want them another way: see `Distribution.is_wanted`.
         """
-        self.publish(weights, None, now, base=base)
-        members = [member for member in self.fleets[Role.ROLLOUT].outdated(weights) if self._can_follow(member)]
-        if not members:
-            return None
-        offer = make(tuple(str(member.worker) for member in members))
-        for member in members:
-            member.loading = weights
-            self._call(member.worker, Verb.LOAD, offer.seat(str(member.worker)), now)
+        offer, members = self.distribution.offer(weights, make, base=base)
+        if offer is not None:
+            for member in members:
+                self._load(member, weights, offer.seat(str(member.worker)), now)
         self._dispatch(now)
         return offer
-
-    @property
-    def weights_wanted(self) -> bool:
-        """Whether a worker is up that the newest weights cannot come to in the way that they went out."""
-        if self._target is None:
-            return False
-        fleet = self.fleets[Role.ROLLOUT]
-        if self._publication is None:
-            return bool(fleet.outdated(self._target) or fleet.failed_loads())
-        return not all(map(self._can_follow, fleet.outdated(self._target)))
-
-    def _can_follow(self, member: Member) -> bool:
-        return self._base is None or member.weights == self._base
 
     def admit(self, round_id: Any, groups: Mapping[str, Any], ledger: Ledger, now: float, *, rank: int = 0) -> None:
         """Take groups (id -> work) into a round, which begins with its first ones; see `Round.rank`."""
@@ -222,8 +200,7 @@ class Dispatcher:
         if call.verb is Verb.READY:
             fleet.up(member, now)
         elif call.verb is Verb.LOAD:
-            member.weights, member.loading = member.loading, None
-            member.num_sick = 0
+            self.distribution.loaded(member)
         elif call.verb is Verb.STATS:
             self.stats[call.worker] = answer
         elif call.verb is Verb.PING:
@@ -232,20 +209,12 @@ class Dispatcher:
             return
         member.num_groups -= 1
         fleet.succeeded(member)
-        assert group.lease is not None, f"{group.group_id} has been leased"
         if call.verb is Verb.GENERATE:
-            group.ledger.generated(group.group_id, group.lease.lease_id)
-            group.rollouts, group.num_bytes = answer, _num_bytes(answer)
-            group.round.num_bytes += group.num_bytes
+            group.generated(answer, now)
             self._largest_group = max(self._largest_group, group.num_bytes)
-            group.round.last_generated_at = now
             self._generated.add(group)
         else:
-            group.ledger.scored(group.group_id, group.lease.lease_id)
-            group.round.finished[group.group_id] = answer
-            group.round.leases[group.group_id] = group.lease.lease_id
-            group.round.last_finished_at = now
-            group.round.num_open -= 1
+            group.finished(answer, now)
 
     def _failed(self, pending: Pending, failure: Failure, now: float) -> None:
         call, group = pending.call, pending.group
@@ -258,10 +227,7 @@ class Dispatcher:
             self._stop_if_unstartable(call, failure)
         elif call.verb is Verb.LOAD:
             self._counters["num_failed_loads"] += 1
-            member.num_sick += 1
-            if member.loading == self._target:
-                member.load_failure = failure.text
-            member.loading = None
+            self.distribution.failed(member, failure.text)
         elif group is not None:
             member.num_groups -= 1
             member.heard_at = now
@@ -285,19 +251,6 @@ class Dispatcher:
         fleet = self.fleets[member.worker.role]
         if member.num_sick >= _SICK and (member.worker.role is Role.ROLLOUT or fleet.has_healthy()):
             self._lose(member.worker, f"it failed {member.num_sick} times in a row, the last time: {cause}", now)
-
-    def _judge_loads(self, now: float) -> None:
-        """What nobody has loaded and nobody can load is lost; where another has it, who failed twice in a row is sick.
-
-        Once is no proof: the learner that published may have died since.  The worker waits for the next publication.
-        """
-        fleet = self.fleets[Role.ROLLOUT]
-        failed = fleet.failed_loads() if self._publication is not None else []
-        if failed and any(member.weights == self._target for member in fleet.members if member.state is MemberState.UP):
-            for member in failed:
-                self._lose_if_sick(member, member.load_failure, now)
-        elif failed and not any(member.loading == self._target for member in fleet.members):
-            self.weights_lost = f"{failed[0].worker}: {failed[0].load_failure}"
 
     def _lose(self, worker: WorkerId, cause: str, now: float) -> None:
         """Give up on a process: kill it, forget its calls, put its groups back."""
@@ -328,7 +281,7 @@ class Dispatcher:
             )
             self._stop(error)
         if backoff:  # what it was given may be what failed, so nothing of the attempt is kept
-            _discard_rollouts(group)
+            group.discard_rollouts()
             self._waiting.rest(group, until=now + _FIRST_RETRY_S * 2.0 ** (group.num_retries - 1))
         else:
             self._requeue(group)
@@ -341,10 +294,7 @@ class Dispatcher:
             self._requeue(group)
             return
         reason = f"{verb}: {text}"
-        group.ledger.end(group.group_id, GroupState.QUARANTINED, reason)
-        _discard_rollouts(group)
-        group.round.quarantined[group.group_id] = reason
-        group.round.num_open -= 1
+        group.quarantined(reason)
         self._notes.append(f"group {group.group_id} is quarantined: {reason}")
         if self._ledger.counts()["quarantined"] > self._limits.max_quarantined:
             error = DataError(
@@ -369,9 +319,10 @@ class Dispatcher:
                 self._commands.append(Start(worker=worker))
                 self._call(worker, Verb.READY, None, now, timeout_s=fleet.config.ready_timeout_s)
         self._waiting.wake(now)
-        self._judge_loads(now)
-        if self._target is not None and not self.weights_lost:
-            self._load_and_generate(self._target, now)
+        for member in self.distribution.take_suspects():
+            self._lose_if_sick(member, member.load_failure, now)
+        if self.distribution.target is not None and not self.distribution.lost:
+            self._load_and_generate(self.distribution.target, now)
         rewards = self.fleets[Role.REWARD]
         while self._generated and (judge := rewards.pick(None)) is not None:
             group = self._generated.pop()
@@ -379,7 +330,7 @@ class Dispatcher:
         members = self.fleets[Role.ROLLOUT].members
         for slot in self._heartbeats.due(now, self._heard_at):
             self._call(members[slot].worker, Verb.PING, None, now, timeout_s=self._limits.heartbeat_s)
-        self.usage.observe(self._target, is_held_back=self._is_held_back(), now=now)
+        self.usage.observe(self.distribution.target, is_held_back=self._is_held_back(), now=now)
 
     def _is_held_back(self) -> bool:
         """Whether the group whose turn it is must wait until the learner has taken rollouts out of the buffer.
@@ -394,12 +345,14 @@ class Dispatcher:
 
     def _load_and_generate(self, target: Weights, now: float) -> None:
         rollouts = self.fleets[Role.ROLLOUT]
-        for member in rollouts.outdated(target) if self._publication is not None else ():
-            if self._can_follow(member):
-                member.loading = target
-                self._call(member.worker, Verb.LOAD, self._publication, now)
+        for member in self.distribution.loaders():
+            self._load(member, target, self.distribution.publication, now)
         while self._waiting and not self._is_held_back() and (free := rollouts.pick(target)) is not None:
             self._generate(self._waiting.pop(), free, target, now)
+
+    def _load(self, member: Member, weights: Weights, payload: Any, now: float) -> None:
+        member.loading = weights
+        self._call(member.worker, Verb.LOAD, payload, now)
 
     def _generate(self, group: Group, member: Member, target: Weights, now: float) -> None:
         lease_id = group.ledger.lease(
@@ -444,13 +397,3 @@ class Dispatcher:
         member = self.fleets[Role.ROLLOUT].members[slot]
         is_asked = self._calls.owes(member.worker, Verb.PING)
         return member.heard_at if member.num_groups and not is_asked else None
-
-
-def _num_bytes(answer: Any) -> int:
-    """Return the size of what GENERATE answered, 0 where the worker does not say."""
-    return int(answer[1].get("num_bytes", 0)) if isinstance(answer, tuple) else 0
-
-
-def _discard_rollouts(group: Group) -> None:
-    group.round.num_bytes -= group.num_bytes
-    group.rollouts, group.num_bytes = None, 0

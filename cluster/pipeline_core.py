@@ -356,9 +356,9 @@ class PipelineCore:
         error = self._dispatcher.error
         if error is None and round_.is_done and not round_.finished:
             error = DataError(f"at least one group must be answered, and all failed: {round_.quarantined}")
-        if error is None and self._dispatcher.weights_lost and not round_.is_done:
-            error = WeightsLostError(self._dispatcher.weights_lost)
-        if error is None and self._dispatcher.weights_wanted and not round_.is_done:
+        if error is None and self._dispatcher.distribution.lost and not round_.is_done:
+            error = WeightsLostError(self._dispatcher.distribution.lost)
+        if error is None and self._dispatcher.distribution.is_wanted and not round_.is_done:
             error = WeightsWantedError("a rollout worker has no way to the newest weights")
         if error is not None:
             open_round.waiter, waiter = None, open_round.waiter

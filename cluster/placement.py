@@ -31,8 +31,10 @@ CPU_ENVIRONMENT = ENVIRONMENT | {"DS_ACCELERATOR": "cpu"}
 """Of processes without a GPU: DeepSpeed need not look for one."""
 
 LEARNER_ENVIRONMENT = CPU_ENVIRONMENT | {
-    "MALLOC_MMAP_THRESHOLD_": str(2**32),  # glibc: a large tensor takes memory that another one has given back, instead
-    "MALLOC_TRIM_THRESHOLD_": str(2**34),  # of new pages that the kernel fills with zeros, which takes a tenth of a step
+    # glibc: a large tensor gets memory that another one has given back, instead of new pages that the kernel fills with
+    # zeros first, which takes a sixth of a step.
+    "MALLOC_MMAP_THRESHOLD_": str(2**32),
+    "MALLOC_TRIM_THRESHOLD_": str(2**34),
 }
 """Of learners without a GPU; they hold on to the most memory that a step took."""
 

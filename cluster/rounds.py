@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from cluster.ledger import Ledger
+from cluster.ledger import GroupState, Ledger
 from cluster.messages import Lease
 
 
@@ -51,6 +51,36 @@ class Group:
     """Its first failure that was its own."""
     num_bytes: int = 0
     """Of its rollouts, from when they are generated."""
+
+    def generated(self, answer: Any, now: float) -> None:
+        """Take what GENERATE answered."""
+        assert self.lease is not None, f"{self.group_id} has been leased"
+        self.ledger.generated(self.group_id, self.lease.lease_id)
+        # a worker need not say how large its answer is
+        self.rollouts, self.num_bytes = answer, int(answer[1].get("num_bytes", 0)) if isinstance(answer, tuple) else 0
+        self.round.num_bytes += self.num_bytes
+        self.round.last_generated_at = now
+
+    def finished(self, answer: Any, now: float) -> None:
+        """Take what SCORE answered."""
+        assert self.lease is not None, f"{self.group_id} has been leased"
+        self.ledger.scored(self.group_id, self.lease.lease_id)
+        self.round.finished[self.group_id] = answer
+        self.round.leases[self.group_id] = self.lease.lease_id
+        self.round.last_finished_at = now
+        self.round.num_open -= 1
+
+    def quarantined(self, reason: str) -> None:
+        """End it through its own fault."""
+        self.ledger.end(self.group_id, GroupState.QUARANTINED, reason)
+        self.discard_rollouts()
+        self.round.quarantined[self.group_id] = reason
+        self.round.num_open -= 1
+
+    def discard_rollouts(self) -> None:
+        """Forget them: it will be generated again, or not at all."""
+        self.round.num_bytes -= self.num_bytes
+        self.rollouts, self.num_bytes = None, 0
 
 
 class Queue:

@@ -354,12 +354,12 @@ def test_lost_weights_stop_loads_until_they_are_published_again():
     world.dispatcher.publish(V0, "weights", 0.0)
     world.collect()
     world.fail(world.calls(Verb.LOAD)[0], FailureKind.INFRA, "owner died")
-    assert world.dispatcher.weights_lost == "rollout-0.0: owner died"
+    assert world.dispatcher.distribution.lost == "rollout-0.0: owner died"
     assert not world.calls(Verb.LOAD)
     world.dispatcher.publish(Weights(incarnation=1, version=0), "again", 0.0)
     world.collect()
     assert [call.payload for call in world.calls(Verb.LOAD)] == ["again"]
-    assert not world.dispatcher.weights_lost
+    assert not world.dispatcher.distribution.lost
 
 
 def test_one_death_during_a_fetch_holds_nobody():
@@ -404,7 +404,7 @@ def test_a_worker_that_cannot_load_what_another_has_loaded_waits_and_is_ended_th
     world.collect()
     first, second = world.calls(Verb.LOAD)
     world.fail(first, FailureKind.INFRA, "timeout")
-    assert not world.dispatcher.weights_lost, "the other one may get it"
+    assert not world.dispatcher.distribution.lost, "the other one may get it"
     world.answer(second, None)
     world.tick(1.0)
     assert (world.calls(Verb.LOAD), world.killed) == ([], []), "what was published may be lost, and it is not to blame"
@@ -414,7 +414,7 @@ def test_a_worker_that_cannot_load_what_another_has_loaded_waits_and_is_ended_th
     world.answer(other, None)
     world.fail(again, FailureKind.INFRA, "timeout")
     assert world.killed == [str(first.worker)]
-    assert not world.dispatcher.weights_lost
+    assert not world.dispatcher.distribution.lost
 
 
 def test_a_place_given_up_over_a_load_holds_nobody():
@@ -425,7 +425,7 @@ def test_a_place_given_up_over_a_load_holds_nobody():
     first, second = world.calls(Verb.LOAD)
     world.fail(first, FailureKind.INFRA, "owner died")
     world.fail(second, FailureKind.DIED)
-    assert world.dispatcher.weights_lost, "nobody is left who could still get them"
+    assert world.dispatcher.distribution.lost, "nobody is left who could still get them"
 
 
 def test_a_constructor_that_raises_later_costs_a_restart():
