@@ -72,7 +72,7 @@ class TrivialRewardWorker(RewardWorker):
     """A reward worker without a reference policy."""
 
     def __init__(self, **arguments: Any) -> None:
-        super().__init__(**{**arguments, "reference_dir": None})
+        super().__init__(**{**arguments, "policy_dir": None})
 
 
 def forced_lengths(seed: int, num_samples: int) -> tuple[int, ...]:

@@ -203,6 +203,11 @@ def _algorithm_problems(config: RunConfig) -> Iterator[str]:
             f"learner.offload must be none without a GPU for the learner, got {config.learner.offload}: its state is "
             "in main memory already; set placement.learner_gpus or leave it out"
         )
+    if algorithm.reference.mode == "base" and config.learner.lora is None:
+        yield (
+            "learner.lora must be set with algorithm.reference.mode base, which is the policy without its adapters; "
+            "set it, or mode fixed"
+        )
     component = algorithm.dynamic_sampling and algorithm.dynamic_sampling.component
     if component and component not in config.reward.components:
         yield (

@@ -1,5 +1,6 @@
 """What a person sees while a run works: one line a step, and a live bar with the time that is left."""
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -54,7 +55,8 @@ class Display:
         """Print one step's line and move the bar."""
         parts = [f"step {row['step']:>{len(str(num_steps))}}/{num_steps}"]
         labels = {"score_mean": "score", "eval_score_mean": "held-out", "kl": "KL", "eval_kl": "held-out KL"}
-        parts += [f"{label} {row[name]:+.3f}" for name, label in labels.items() if name in row]
+        known = {label: row[name] for name, label in labels.items() if math.isfinite(row.get(name, math.nan))}
+        parts += [f"{label} {value:+.3f}" for label, value in known.items()]
         if "tokens_per_s" in row:
             parts.append(f"{row['response_length_mean']:.1f} tokens  {row['tokens_per_s']:.0f} tokens/s")
             parts.append(f"{row['step_s']:.1f} s")

@@ -237,7 +237,8 @@ class Session:
         reward_arguments = {
             "reward": _with_absolute_paths(config.reward),
             "policy": config.policy,
-            "reference_dir": self._model_dir,
+            "policy_dir": self._model_dir,
+            "has_reference": config.algorithm.reference.mode != "base",  # the learner has it already
             "temperature": config.rollouts.temperature,
             "device": placement.reward.device,
             "num_threads": placement.reward.threads,

@@ -62,8 +62,9 @@ class KLConfig(Config):
 class ReferenceConfig(Config):
     """Which policy the KL penalty is measured from."""
 
-    mode: Literal["fixed", "swap", "ema"] = "fixed"
-    """fixed: the policy that the run started with; swap: the current policy, taken every so many steps; ema: an
+    mode: Literal["fixed", "base", "swap", "ema"] = "fixed"
+    """fixed: the policy that the run started with; base: the same, as the trained policy without its adapters, so that
+    nobody holds it a second time (learner.lora); swap: the current policy, taken every so many steps; ema: an
     exponential moving average of the policy's weights."""
     every: int | None = Field(default=None, ge=1)
     """swap: steps between two swaps; one that is due in a skipped step is left out."""
@@ -219,7 +220,8 @@ class AlgorithmConfig(Config):
                 )
         if self.kl.coef == 0 and self.reference.mode != "fixed":
             raise ValueError(
-                "reference.mode must be fixed with kl.coef 0, where nothing is measured from the reference"
+                f"reference.mode must be fixed with kl.coef 0, where nothing is measured from the reference, got "
+                f"{self.reference.mode}"
             )
         is_shared = self.compares_group or own_advantage
         if self.policy_loss == "ppo_clip" and self.ratio != "token" and not is_shared:

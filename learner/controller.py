@@ -79,7 +79,7 @@ class StepController:
         self._step = 0
         self._composer = RewardComposer(reward, Penalties.of(algorithm, max_new_tokens=max_new_tokens))
         self._kl = make_kl_controller(algorithm.kl)
-        self._has_moving_reference = algorithm.reference.mode != "fixed"
+        self._has_own_reference = algorithm.reference.mode != "fixed"  # it lives with the ranks
         self._constraint = None if reward.constraint is None else Constraint(reward.constraint)
         self._baseline = EmaBaseline(algorithm.baseline_decay) if algorithm.baseline == "ema" else None
 
@@ -112,10 +112,10 @@ class StepController:
         Args:
             plan: Of the step.
             samples: SAMPLES that it was planned for.
-            learner_metrics: What the ranks measured; with a moving reference policy the KL to it is there, as
-                `reference_kl` in nats per sequence, since the samples' own KL is to the first reference.
+            learner_metrics: What the ranks measured; with a reference policy of theirs the KL to it is there, as
+                `reference_kl` in nats per sequence; the samples' own KL, if any, is to the first reference.
         """
-        if self._has_moving_reference:
+        if self._has_own_reference:
             self._kl.update(learner_metrics["reference_kl"], len(plan.scores))
         elif samples["kl"].null_count == 0:
             self._kl.update(_mean_kl(samples), len(plan.scores))
@@ -178,7 +178,7 @@ class StepController:
 
     def _check_kl(self, step: int, samples: pa.Table) -> None:
         num_null = samples["kl"].null_count
-        if self._kl.coef > 0 and num_null and not self._has_moving_reference:
+        if self._kl.coef > 0 and num_null and not self._has_own_reference:
             raise ValueError(
                 f"every sample must have a kl with algorithm.kl.coef {self._kl.coef}, got {num_null} without (step "
                 f"{step}); score with a reference policy or set algorithm.kl.coef=0"

@@ -29,7 +29,7 @@ class FirstPass:
     logprobs: torch.Tensor | None = None
     """[R] float32, None where the recorded ones are the old ones."""
     ref_logprobs: torch.Tensor | None = None
-    """[R] float32 of a moving reference, None where the recorded ones are the reference's."""
+    """[R] float32 of a reference that lives with the learner, None where the recorded ones are the reference's."""
 
 
 def _with_first_pass(sample: Sample, first_pass: FirstPass) -> Sample:
@@ -161,7 +161,7 @@ def _reference_kl(samples: Sequence[Sample], old: Sequence[torch.Tensor]) -> flo
     """Return nats per sequence, over the policy's own tokens."""
     total = 0.0
     for sample, logprobs in zip(samples, old, strict=True):
-        assert sample.ref_logprobs is not None, "a moving reference has looked at every sample"
+        assert sample.ref_logprobs is not None, "the ranks' reference has looked at every sample"
         total += float((logprobs - sample.ref_logprobs)[sample.loss_mask].double().sum())
     return total / len(samples)
 

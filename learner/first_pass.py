@@ -18,7 +18,7 @@ from actors.rows import GroupRow, PromptGroup, split_responses
 from learner.batch import Microbatch, StepPlan
 from learner.experience import FirstPass
 from learner.networks import Forward, Networks
-from learner.reference import MovingReference
+from learner.reference import Reference
 from learner.samples import Sample, prompt_groups, sample_indices
 
 _EMPTY = (PromptGroup(prompt_ids=[0], responses=[[0]]),)
@@ -38,13 +38,13 @@ class BatchScorer:
 
     Args:
         networks: the rank's.
-        reference: a moving one, or None.
+        reference: one that lives with the learner, or None.
         records_are_old: whether recorded log-probs are the old policy's.
         kept_tokens: trunk tokens whose graphs may be kept.
     """
 
     def __init__(
-        self, networks: Networks, reference: MovingReference | None, *, records_are_old: bool, kept_tokens: int
+        self, networks: Networks, reference: Reference | None, *, records_are_old: bool, kept_tokens: int
     ) -> None:
         self._networks = networks
         self._reference = reference

@@ -34,7 +34,7 @@ from learner.off_policy import mismatch
 from learner.optimizer import NonFiniteError
 from learner.outlets import Streamed
 from learner.publisher import DEFAULT_BUCKET_BYTES, Publisher, export_policy
-from learner.reference import MovingReference
+from learner.reference import BaseReference, MovingReference
 from learner.samples import Sample, read_samples, sample_indices
 from learner.step_batch import StepBatch
 from reward.credit_config import CreditConfig
@@ -114,10 +114,11 @@ class LearnerRank:
             bucket_bytes=bucket_bytes,
             has_delta=sends_delta,
         )
-        self._reference = self._moving_reference(policy, learner, temperature)
+        self._moving = self._moving_reference(policy, learner, temperature)
+        is_base = algorithm.reference.mode == "base"
         self._scorer = BatchScorer(
             self._networks,
-            self._reference,
+            BaseReference(self._networks) if is_base else self._moving,
             records_are_old=self._records_are_old,
             kept_tokens=_kept_tokens(learner, self._device),
         )
@@ -152,8 +153,10 @@ class LearnerRank:
         fault("learner.after_update", self._rank)
         log_ratios = self._log_ratios(meters[0], batch)
         self._check_gap(meters[0].gap, plan)
-        if self._reference is not None:
-            self._reference.follow(plan.step)
+        if self._moving is not None:
+            self._moving.follow(plan.step)
+        if self._algorithm.reference.mode == "base":
+            metrics["kl"] = metrics["reference_kl"]  # what reward workers measure where they have the reference
         metrics |= mismatch(log_ratios) | summarise(meters, plan, self._algorithm)
         metrics["resident_mb_learner"] = self._largest(resident_bytes() / 2**20)
         return metrics | (staleness(samples, plan, self._max_staleness) if self._max_staleness else {})
@@ -209,7 +212,7 @@ class LearnerRank:
     @property
     def _stateful(self) -> dict[str, state.Stateful]:
         """What a checkpoint holds, by name; the policy first."""
-        moving = {} if self._reference is None else {"reference": self._reference}
+        moving = {} if self._moving is None else {"reference": self._moving}
         return {**self._networks.engines, **moving}
 
     def _load_model(self, policy: PolicyConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -219,7 +222,7 @@ class LearnerRank:
         self, policy: PolicyConfig, learner: LearnerConfig, temperature: float
     ) -> MovingReference | None:
         config = self._algorithm.reference
-        if config.mode == "fixed":
+        if config.mode in ("fixed", "base"):
             return None
         # Small changes of an average would be lost in half precision.
         dtype = torch.float32 if config.mode == "ema" else resolve_dtype(policy.dtype, self._device)

@@ -4,6 +4,8 @@ The value head starts at zero, so every value is 0 before the first update.  Not
 """
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast
 
@@ -119,6 +121,21 @@ def add_lora(model: PreTrainedModel, config: LoraConfig) -> None:
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # GPT-2 stores weights transposed
     )
     inject_adapter_in_model(settings, model, adapter_name=ADAPTER)
+
+
+@contextmanager
+def without_adapters(module: nn.Module) -> Iterator[None]:
+    """Let every forward pass within the block be that of the frozen weights alone."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
 
 
 def linear_names(model: nn.Module, head: nn.Module | None) -> list[str]:

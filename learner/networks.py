@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from actors.rows import GroupRow
 from actors.shared_attention import install, is_installed
 from learner.config import LearnerConfig
-from learner.model import Critic, PolicyAndValue, Scoring, add_lora
+from learner.model import Critic, PolicyAndValue, Scoring, add_lora, without_adapters
 from learner.objective import MinibatchLoss
 from learner.optimizer import NonFiniteError, OptimizerEngine, make_engine
 
@@ -98,6 +98,13 @@ class Networks:
         empty = torch.empty(0, device=self.device)
         logprobs, entropy = self.policy.forward(row, scoring)[:2] if has_tokens else (empty, empty)
         return Forward(logprobs=logprobs, entropy=entropy, values=self.critic.forward(row))
+
+    @torch.no_grad()
+    def base_logprobs(self, row: GroupRow) -> torch.Tensor:
+        """Return the log-prob of each response token, [S] float32, of the policy without its adapters."""
+        with without_adapters(self.module):
+            logprobs: torch.Tensor = self.policy.forward(row, self._scoring)[0]
+        return logprobs
 
     def backward(self, loss: MinibatchLoss) -> None:
         """Accumulate the gradients of one micro-batch's share of the loss."""

@@ -96,7 +96,7 @@ class Evaluation:
         return RewardWorker(
             reward=self._config.reward,
             policy=self._policy,
-            reference_dir=self._source,
+            policy_dir=self._source,
             temperature=self._config.temperature or 1.0,
             device=str(self._device),
             num_threads=0,

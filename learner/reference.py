@@ -1,10 +1,12 @@
-"""A reference policy that follows the trained one: taken anew every so many steps, or a moving average of its weights.
+"""Reference policies that live with the learner; each rank scores its share of the batch in the first pass.
 
-It lives with the learner, because its state belongs into the checkpoint and its log-probs must be those of the step:
-each rank holds a whole copy and scores its share of the batch in the first pass.
+One follows the trained policy, taken anew every so many steps or a moving average of its weights: its state belongs
+into the checkpoint and its log-probs must be those of the step, so each rank holds a whole copy.  The other one is the
+trained policy without its adapters, which costs no memory.
 """
 
 from collections.abc import Iterator, Mapping
+from typing import Protocol
 
 import torch
 from transformers import PreTrainedModel
@@ -13,7 +15,26 @@ from actors.rows import GroupRow
 from actors.scorer import Scorer
 from actors.scoring import token_logprobs
 from learner.algorithm_config import ReferenceConfig
+from learner.networks import Networks
 from learner.publisher import Publisher
+
+
+class Reference(Protocol):
+    """What the first pass asks."""
+
+    def logprobs(self, row: GroupRow) -> torch.Tensor:
+        """Return the log-prob of each response token in a row, [S] float32."""
+
+
+class BaseReference:
+    """The policy that training starts from, as the trained one without its adapters."""
+
+    def __init__(self, networks: Networks) -> None:
+        self._networks = networks
+
+    def logprobs(self, row: GroupRow) -> torch.Tensor:
+        """Return the log-prob of each response token in a row, [S] float32; collective with ZeRO-3."""
+        return self._networks.base_logprobs(row)
 
 
 class MovingReference:

@@ -52,10 +52,12 @@ class RewardWorker:
     Args:
         reward: the components.
         policy: dtype and trust of the reference policy.
-        reference_dir: model directory of the reference policy, None for none; credit takes the tokenizer from there.
+        policy_dir: directory of the policy that training starts from, None for none; credit takes the tokenizer from
+            there.
         temperature: the run's sampling temperature.
         device: torch device name.
         num_threads: torch threads, 0 = leave as they are.
+        has_reference: whether log-probs under that policy are measured here.
     """
 
     def __init__(
@@ -63,10 +65,11 @@ class RewardWorker:
         *,
         reward: RewardConfig,
         policy: PolicyConfig,
-        reference_dir: str | None,
+        policy_dir: str | None,
         temperature: float,
         device: str,
         num_threads: int,
+        has_reference: bool = True,
     ) -> None:
         if num_threads > 0:
             torch.set_num_threads(num_threads)
@@ -83,15 +86,15 @@ class RewardWorker:
                     members, device=place, dtype=resolve_dtype("auto", place), pack_weights=policy.pack_weights
                 )
         self._reference: ReferencePolicy | None = None
-        if reference_dir is not None:
-            self._reference = ReferencePolicy(reference_dir, policy, temperature=temperature, device=place)
+        if policy_dir is not None and has_reference:
+            self._reference = ReferencePolicy(policy_dir, policy, temperature=temperature, device=place)
         names = ("num_groups", "num_sequences", *map(_seconds_of, reward.components), "reference_s")
         self._counters = dict.fromkeys(names, 0.0)
         self._credit = reward.credit
         if self._credit is not None:
-            if reference_dir is None:
-                raise ValueError("reward.credit must come with a reference policy, got none; it has the tokenizer")
-            self._tokenizer = load_tokenizer(reference_dir, trust_remote_code=policy.trust_remote_code)
+            if policy_dir is None:
+                raise ValueError("reward.credit must come with the policy's directory, got none; it has the tokenizer")
+            self._tokenizer = load_tokenizer(policy_dir, trust_remote_code=policy.trust_remote_code)
 
     def ping(self) -> str:
         """Return as soon as the worker is ready."""

@@ -207,6 +207,7 @@ def _sections(**sections):
         ({"algorithm": 5}, "algorithm must be"),
         ({"algorithm": {"name": "grpo", "kl": {"estimator": "k1"}}}, "algorithm.kl: `estimator` must be k2 or k3"),
         ({"algorithm": {"reference": {"mode": "swap"}}}, "algorithm.reference: `every` must be set with mode swap"),
+        ({"algorithm": {"reference": {"mode": "base"}}}, "learner.lora must be set with algorithm.reference.mode base"),
     ],
     ids=str,
 )

@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -10,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+from actors.policy import load_model
 from actors.scoring import reference_logprobs
 from learner.algorithm_config import AlgorithmConfig
 from learner.batch import StepPlan
+from learner.config import LearnerConfig, LoraConfig
 from learner.learner import LearnerRank, Skipped
 from learner.reference import MovingReference
 from learner.samples import Sample, read_samples
@@ -55,7 +58,7 @@ def policy_weights(learner: LearnerRank) -> Weights:
 
 
 def reference_weights(learner: LearnerRank) -> Weights:
-    return {name: parts["param"] for name, parts in learner._reference.full_state()}
+    return {name: parts["param"] for name, parts in learner._moving.full_state()}
 
 
 def same(first: Weights, second: Weights) -> bool:
@@ -108,7 +111,7 @@ def twice(reference: MovingReference, number: int) -> None:
 
 def follows(setting: dict[str, Any], expected: Callable[[Sequence[Weights]], list[Weights]], follow: Follow):
     learner = rank(setting)
-    learner._reference.follow = lambda number: follow(learner._reference, number)
+    learner._moving.follow = lambda number: follow(learner._moving, number)
     policies, references = [policy_weights(learner)], []
     assert same(reference_weights(learner), policies[0])
     for number in range(1, 6):
@@ -148,7 +151,7 @@ def scored(learner: LearnerRank, samples: Sequence[Sample]) -> list[torch.Tensor
     """Return log(recorded / moving reference) of each response's own tokens, scored outside the learner."""
     found = []
     for sample in samples:
-        model, responses = learner._reference._model, [sample.response_ids]
+        model, responses = learner._moving._model, [sample.response_ids]
         logprobs = reference_logprobs(model, sample.prompt_ids, responses, temperature=TEMPERATURE)[0]
         found.append((sample.logprobs - torch.from_numpy(logprobs))[sample.loss_mask])
     return found
@@ -220,8 +223,8 @@ def test_measured(case: Case) -> None:
 
 def test_the_reference_has_no_gradient_and_is_none_where_it_is_fixed() -> None:
     learner = rank(EMA)
-    assert not any(parameter.requires_grad for parameter in learner._reference._model.parameters())
-    assert rank({"mode": "fixed"})._reference is None
+    assert not any(parameter.requires_grad for parameter in learner._moving._model.parameters())
+    assert rank({"mode": "fixed"})._moving is None
     assert "reference_kl" not in step(rank({"mode": "fixed"}), 1)
 
 
@@ -233,7 +236,7 @@ def test_a_skipped_step_leaves_the_reference_alone() -> None:
     batch = toy_batch(toy(), CONFIG, step=2)
     assert isinstance(learner.step(batch.tables, batch.plan), Skipped)
     assert same(reference_weights(learner), before)
-    assert learner._reference.num_updates == 1
+    assert learner._moving.num_updates == 1
 
 
 # Saved and resumed.
@@ -261,13 +264,13 @@ def test_five_steps_are_three_and_two(tmp_path, setting) -> None:
     assert [step(second, number) for number in (4, 5)] == metrics[3:]
     assert same(parameters(second), parameters(whole))
     assert same(reference_weights(second), reference_weights(whole))
-    assert second._reference.num_updates == whole._reference.num_updates
+    assert second._moving.num_updates == whole._moving.num_updates
 
 
 def test_the_comparison_finds_a_reference_that_was_not_saved(tmp_path) -> None:
     whole, lost = resumed(EMA, tmp_path / "one"), resumed(EMA, tmp_path / "other")
     start = reference_weights(rank(EMA))
-    lost._reference.load_full_state({name: {"param": value} for name, value in start.items()}, 0)
+    lost._moving.load_full_state({name: {"param": value} for name, value in start.items()}, 0)
     assert step(lost, 4)["reference_kl"] != step(whole, 4)["reference_kl"]
     assert not same(parameters(lost), parameters(whole))
 
@@ -283,7 +286,7 @@ def test_a_state_with_another_reference_is_refused(tmp_path) -> None:
 @pytest.mark.parametrize(("mode", "expected"), [(SWAP, torch.bfloat16), (EMA, torch.float32)], ids=["swap", "ema"])
 def test_an_average_is_kept_in_full_precision(mode, expected) -> None:
     learner = learner_rank(toy(), CONFIG, algorithm=algorithm(mode), dtype="bfloat16")
-    assert {parameter.dtype for parameter in learner._reference._model.parameters()} == {expected}
+    assert {parameter.dtype for parameter in learner._moving._model.parameters()} == {expected}
 
 
 def test_a_reference_follows_sharded_weights() -> None:
@@ -298,3 +301,62 @@ def test_a_reference_follows_sharded_weights() -> None:
         found.append(reference_weights(learner))
     assert found[0].keys() == found[1].keys()
     assert max(float((found[0][name] - found[1][name]).abs().max()) for name in found[0]) < 1e-6
+
+
+# The trained policy without its adapters is the policy that training started from.
+
+BASE = {"mode": "base"}
+ENGINES = [
+    pytest.param({}, id="local"),
+    pytest.param({"backend": "zero", "zero_stage": 2}, id="zero-2"),
+    pytest.param({"backend": "zero", "zero_stage": 3}, id="zero-3"),
+]
+
+
+def adapted(reference: dict[str, Any], **settings: Any) -> tuple[LearnerRank, LearnerConfig]:
+    lora = LoraConfig(rank=4, alpha=64.0)
+    config = learner_config(num_minibatches=1, epochs=1, microbatch_tokens=1000, lora=lora, **settings)
+    return learner_rank(toy(), config, algorithm=algorithm(reference, name="ppo")), config
+
+
+def kl_to_the_start(learner: LearnerRank, config: LearnerConfig, number: int) -> tuple[float, dict[str, float]]:
+    """Make a step; return the KL of its samples to the start, measured with a model of its own, and its metrics."""
+    batch = toy_batch(toy(), config, step=number)
+    model = load_model(toy(), dtype=torch.float32, device=torch.device("cpu"))
+    total = 0.0
+    for sample in read_samples(batch.tables, batch.plan):
+        theirs = reference_logprobs(model, sample.prompt_ids, [sample.response_ids], temperature=TEMPERATURE)[0]
+        total += float((sample.logprobs - torch.from_numpy(theirs))[sample.loss_mask].sum())
+    return total / len(batch.plan.scores), learnt(learner.step(batch.tables, batch.plan))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_base_is_the_start_however_far_the_adapters_are(engine) -> None:
+    learner, config = adapted(BASE, **engine)
+    for number in (1, 2, 3):
+        expected, metrics = kl_to_the_start(learner, config, number)
+        assert metrics["reference_kl"] == metrics["kl"] == pytest.approx(expected, abs=1e-4)
+        assert metrics["gradient_norm"] > 0
+
+
+def test_the_adapters_count_where_they_are_not_switched_off(monkeypatch) -> None:
+    """Planted bug: the reference with adapters is the policy itself."""
+    monkeypatch.setattr("learner.networks.without_adapters", lambda module: nullcontext())
+    learner, config = adapted(BASE)
+    kl_to_the_start(learner, config, 1)
+    expected, metrics = kl_to_the_start(learner, config, 2)
+    assert abs(metrics["reference_kl"] - expected) > 1e-3
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_learning_is_the_same_as_from_a_reference_of_its_own(engine) -> None:
+    """Switching adapters off for the reference leaves graphs, gradients and optimizer alone."""
+    weights = []
+    for reference in (BASE, {"mode": "swap", "every": 1000}):  # one that is never swapped is the start, too
+        learner, config = adapted(reference, **engine)
+        for number in (1, 2):
+            kl_to_the_start(learner, config, number)
+        weights.append(parameters(learner))
+    first, second = ({name: w for name, w in found.items() if not name.startswith("reference/")} for found in weights)
+    assert first.keys() == second.keys()
+    assert max(float((first[name] - second[name]).abs().max()) for name in first) < 1e-5

@@ -259,7 +259,7 @@ def rollouts(responses: dict[str, list[int]] = RESPONSES, *, group: str = "0/p")
 
 
 @pytest.fixture(scope="module")
-def reference_dir(tmp_path_factory) -> str:
+def policy_dir(tmp_path_factory) -> str:
     return materialize(policy(), seed=3, cache_dir=str(tmp_path_factory.mktemp("reference")))
 
 
@@ -271,28 +271,28 @@ def reward_models(directories, tmp_path_factory) -> list[str]:
     return found
 
 
-def worker(component: dict, kind: str | None, reference_dir: str | None) -> RewardWorker:
+def worker(component: dict, kind: str | None, policy_dir: str | None) -> RewardWorker:
     credit = {"credit": {"component": "judge", "kind": kind}} if kind is not None else {}
     return RewardWorker(
         reward=RewardConfig.model_validate({"components": {"judge": component}, **credit}),
         policy=policy(),
-        reference_dir=reference_dir,
+        policy_dir=policy_dir,
         temperature=1.0,
         device="cpu",
         num_threads=0,
     )
 
 
-def test_potentials_are_the_judge_s_scores_of_prefixes(reference_dir):
-    judge = worker({"function": "credit_rules:vowels"}, "potential", reference_dir)
+def test_potentials_are_the_judge_s_scores_of_prefixes(policy_dir):
+    judge = worker({"function": "credit_rules:vowels"}, "potential", policy_dir)
     scored, _ = judge.score(rollouts())
     assert [dict(row)["judge"] for row in scored["components"].to_pylist()] == [2.0, 0.0, 1.0]
     # o, on (does not apply), one, one and EOS; b, "b ", "b b"; a
     assert scored["token_scores"].to_pylist() == [[1.0, 0.0, 2.0, 2.0], [0.0, 0.0, 0.0], [1.0]]
 
 
-def test_a_model_s_potentials_are_its_scores_of_prefixes(reference_dir, reward_models):
-    scored, _ = worker({"model": reward_models[0]}, "potential", reference_dir).score(rollouts())
+def test_a_model_s_potentials_are_its_scores_of_prefixes(policy_dir, reward_models):
+    scored, _ = worker({"model": reward_models[0]}, "potential", policy_dir).score(rollouts())
     model = RewardModel.load(reward_models[0], device=CPU)
     for found, texts in zip(scored["token_scores"].to_pylist(), (["o", "on", "one", "one"], ["b", "b ", "b b"], ["a"]),
                             strict=True):  # fmt: skip
@@ -301,9 +301,9 @@ def test_a_model_s_potentials_are_its_scores_of_prefixes(reference_dir, reward_m
     assert wholes == [dict(row)["judge"] for row in scored["components"].to_pylist()], "the same judgement to the bit"
 
 
-def test_shares_are_the_ensemble_s_mean_attention_per_token(reference_dir, reward_models):
+def test_shares_are_the_ensemble_s_mean_attention_per_token(policy_dir, reward_models):
     component = {"model": reward_models[0], "ensemble": [reward_models[1]]}
-    scored, _ = worker(component, "attention", reference_dir).score(rollouts())
+    scored, _ = worker(component, "attention", policy_dir).score(rollouts())
     maps = [
         RewardModel.load(directory, device=CPU).character_attention(list(RESPONSES), prompt="abc")
         for directory in reward_models
@@ -316,24 +316,24 @@ def test_shares_are_the_ensemble_s_mean_attention_per_token(reference_dir, rewar
 
 
 @pytest.mark.parametrize("kind", ["attention", "potential"])
-def test_a_group_gets_the_same_bits_again_and_after_others(kind, reference_dir, reward_models):
+def test_a_group_gets_the_same_bits_again_and_after_others(kind, policy_dir, reward_models):
     component = {"model": reward_models[0]}
-    first = worker(component, kind, reference_dir).score(rollouts())
-    other = worker(component, kind, reference_dir)
+    first = worker(component, kind, policy_dir).score(rollouts())
+    other = worker(component, kind, policy_dir)
     other.score(rollouts({"hello there": [7, 4, 11, 11, 14, 26, 19, 7, 4, 17, 4]}, group="0/q"))
     assert [table.equals(again) for table, again in zip(first, other.score(rollouts()), strict=True)] == [True, True]
-    without, samples = worker(component, None, reference_dir).score(rollouts())
+    without, samples = worker(component, None, policy_dir).score(rollouts())
     assert without["token_scores"].null_count == without.num_rows
     assert without.drop_columns(["token_scores"]).equals(first[0].drop_columns(["token_scores"]))
     assert samples.equals(first[1]), "credit changes nothing else"
 
 
-def test_credit_needs_the_tokenizer_that_sampled(reference_dir):
+def test_credit_needs_the_tokenizer_that_sampled(policy_dir):
     component = {"function": "credit_rules:vowels"}
     with pytest.raises(ValueError, match=r"reward.credit must come with a reference policy, got none"):
         worker(component, "potential", None)
     with pytest.raises(RewardError, match=r"'judge', prompt 'p': response_text must be what the policy's tokenizer"):
-        worker(component, "potential", reference_dir).score(rollouts({"two": [14, 13, 4]}))
+        worker(component, "potential", policy_dir).score(rollouts({"two": [14, 13, 4]}))
 
 
 def test_an_ensemble_of_one_is_its_member(reward_models):

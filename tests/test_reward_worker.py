@@ -68,14 +68,15 @@ def rollouts(prompt: str = "abc", *, prompt_ids: tuple = (0, 1, 2), group: str =
     return pa.Table.from_pylist(rows, schema=ROLLOUTS)
 
 
-def worker(components: dict, *, reference_dir: str | None = None, temperature: float = 1.0) -> RewardWorker:
+def worker(components: dict, *, policy_dir: str | None = None, temperature: float = 1.0, **settings) -> RewardWorker:
     return RewardWorker(
         reward=RewardConfig.model_validate({"components": components}),
         policy=policy(),
-        reference_dir=reference_dir,
+        policy_dir=policy_dir,
         temperature=temperature,
         device="cpu",
         num_threads=0,
+        **settings,
     )
 
 
@@ -138,7 +139,7 @@ def test_an_ensemble_records_its_disagreement(reward_model):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_reference_logprobs_and_kl_equal_a_plain_forward(tmp_path, temperature):
     directory = materialize(policy(), seed=3, cache_dir=str(tmp_path))
-    judge = worker({"length": {"function": "worker_rules:length"}}, reference_dir=directory, temperature=temperature)
+    judge = worker({"length": {"function": "worker_rules:length"}}, policy_dir=directory, temperature=temperature)
     scored, samples = judge.score(rollouts())
     model = load_model(directory, dtype=torch.float32, device=torch.device("cpu"))
     for ids, found, kl in zip(
@@ -152,10 +153,17 @@ def test_reference_logprobs_and_kl_equal_a_plain_forward(tmp_path, temperature):
         assert kl == pytest.approx((-0.5 - expected)[mask].sum(), abs=1e-3), "tokens of the environment do not count"
 
 
+def test_where_the_learner_has_the_reference_none_is_loaded_here(tmp_path):
+    directory = materialize(policy(), seed=3, cache_dir=str(tmp_path))
+    components = {"length": {"function": "worker_rules:length"}}
+    scored, samples = worker(components, policy_dir=directory, has_reference=False).score(rollouts())
+    assert scored["ref_logprobs"].null_count == samples["kl"].null_count == len(RESPONSES)
+
+
 def test_counters_say_what_was_judged_and_where_the_time_went(reward_model, tmp_path):
     directory = materialize(policy(), seed=3, cache_dir=str(tmp_path))
     components = {"model": {"model": reward_model}, "length": {"function": "worker_rules:length"}}
-    judge = worker(components, reference_dir=directory)
+    judge = worker(components, policy_dir=directory)
     before = judge.stats()
     assert before.pop("resident_bytes") > 2**20
     assert before == dict.fromkeys(
@@ -181,8 +189,8 @@ def test_samples_count_tokens_and_versions():
 def test_a_group_gets_the_same_bits_again_and_after_others(reward_model, tmp_path):
     directory = materialize(policy(), seed=3, cache_dir=str(tmp_path))
     components = {"model": {"model": reward_model}}
-    first = worker(components, reference_dir=directory).score(rollouts())
-    other = worker(components, reference_dir=directory)
+    first = worker(components, policy_dir=directory).score(rollouts())
+    other = worker(components, policy_dir=directory)
     other.score(rollouts("another prompt", prompt_ids=tuple(range(14)), group="0/q"))
     assert [table.equals(again) for table, again in zip(first, other.score(rollouts()), strict=True)] == [True, True]
 
