@@ -336,7 +336,7 @@ def test_the_base_is_the_start_however_far_the_adapters_are(engine) -> None:
     for number in (1, 2, 3):
         expected, metrics = kl_to_the_start(learner, config, number)
         assert metrics["reference_kl"] == metrics["kl"] == pytest.approx(expected, abs=1e-4)
-        assert metrics["gradient_norm"] > 0
+        assert metrics["grad_norm"] > 0
 
 
 def test_the_adapters_count_where_they_are_not_switched_off(monkeypatch) -> None:
