@@ -330,7 +330,7 @@ def test_a_group_gets_the_same_bits_again_and_after_others(kind, policy_dir, rew
 
 def test_credit_needs_the_tokenizer_that_sampled(policy_dir):
     component = {"function": "credit_rules:vowels"}
-    with pytest.raises(ValueError, match=r"reward.credit must come with a reference policy, got none"):
+    with pytest.raises(ValueError, match=r"reward.credit must come with the policy's directory, got none"):
         worker(component, "potential", None)
     with pytest.raises(RewardError, match=r"'judge', prompt 'p': response_text must be what the policy's tokenizer"):
         worker(component, "potential", policy_dir).score(rollouts({"two": [14, 13, 4]}))
