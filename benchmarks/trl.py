@@ -180,7 +180,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="benchmark-trl-") as directory:
             model = arguments.model or _demo_model()
             judge = _make_judge(model, os.path.join(directory, "judge"))
-            details = {}
+            details = _measured_before(arguments.output)
             for key in keys:
                 with _own_directory(directory, key) as place:
                     comparison = COMPARISONS[key]
@@ -189,9 +189,22 @@ def main() -> None:
                         environment=environments[comparison.algorithm],
                     )  # fmt: skip
                     print(f"{key}: TRL takes {details[key]['ratio']:.2f} times as long as Concord\n", flush=True)
+                finish(_result(details), arguments.output)
     except PeerError as error:
         sys.exit(f"error: {error}")
-    finish({key: round(found["ratio"], 3) for key, found in details.items()} | {"details": details}, arguments.output)
+
+
+def _result(details: dict[str, Any]) -> dict[str, Any]:
+    return {key: round(details[key]["ratio"], 3) for key in COMPARISONS if key in details} | {"details": details}
+
+
+def _measured_before(path: str | None) -> dict[str, Any]:
+    """Return the comparisons that a file of results holds: those that are not made again stay in it."""
+    if path is None or not os.path.exists(path):
+        return {}
+    with open(path, encoding="utf-8") as file:
+        details: dict[str, Any] = json.load(file)["details"]
+    return details
 
 
 def compare(
@@ -439,7 +452,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--microbatch", type=int, default=8, help="TRL's sequences in one forward and backward")
     parser.add_argument("--rollout-rows", type=int, default=32, help="TRL PPO's sequences generated and scored at once")
     parser.add_argument("--set", action="append", default=[], help="section.field=value of Concord's configuration")
-    parser.add_argument("--output", help="also write the last line to this file")
+    parser.add_argument("--output", help="also write the line to this file, after each comparison; others stay in it")
     return parser.parse_args()
 
 
