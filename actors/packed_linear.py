@@ -68,6 +68,8 @@ def pack(model: nn.Module, *, is_final: bool = False) -> int:
                 nothing = torch.full((), torch.nan).expand(shape)
                 layer.weight = nn.Parameter(nothing, requires_grad=False)
             count += 1
+    if not is_final:
+        repack(model)  # the first time takes memory that later ones have again: now, not beside an update's buckets
     return count
 
 
