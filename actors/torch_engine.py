@@ -10,12 +10,10 @@ prefilled alone, rows padded to a multiple of four, key-value windows rounded up
 (`actors.sampling`), and `MKL_CBWR=AVX2,STRICT` in the environment before torch is loaded.
 """
 
-import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -33,6 +31,7 @@ from actors.engine import (
     UpdateMode,
     check_request,
 )
+from actors.live_rows import Endings, LiveGroup, LiveRow, Outputs
 from actors.packed_linear import pack, repack
 from actors.sampling import sample, uniforms
 from actors.slots import WINDOW_MULTIPLE, Decode, Prefix, SlotCache, SlotContext, install, round_up
@@ -43,52 +42,10 @@ ROW_MULTIPLE = 4
 the last elements of a tensor whose size is not a multiple of 32 are computed one by one instead of as vectors, so that
 exp, cos and the like have other bits there.  Four rows of any width that is a multiple of 8 leave no such rest."""
 
-_STOP_MARGIN = 8
-"""Tokens decoded before the longest possible stop string: a decoder may treat the first token of a text differently."""
-
 LogitsHook = Callable[[Tensor, Tensor, Sequence[str]], Tensor]
 """`hook(logits [B, V], hidden [B, H], request_ids) -> logits`, before every draw; `hidden` is what the output head made
 the logits of.  Recorded log-probs are those of the hook's result, divided by the temperature.  A row's result must have
 the same bits in any company if its sample shall."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Outputs:
-    """What the model says about some states."""
-
-    logits: Tensor
-    """[..., V]."""
-    hidden: Tensor
-    """[..., H], what the output head received for them."""
-
-    def __getitem__(self, index: Any) -> "_Outputs":
-        return _Outputs(self.logits[index], self.hidden[index])
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class _Group:
-    """A request being served; `prefilled` holds its prompt's keys, values and last state until all samples started."""
-
-    request: Request
-    num_started: int = 0
-    num_finished: int = 0
-    prefilled: tuple[Prefix, _Outputs] | None = None
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class _Row:
-    """A live sample; its index in the engine's list of rows is its slot."""
-
-    group: _Group
-    sample_index: int
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    versions: list[int] = field(default_factory=list)
-
-    @property
-    def num_stored(self) -> int:
-        """Positions whose keys and values are in the slot; also the position of the last drawn token, not yet fed."""
-        return len(self.group.request.prompt_ids) + len(self.tokens) - 1
 
 
 class TorchEngine:
@@ -120,8 +77,7 @@ class TorchEngine:
         install(model)
         self._model = model.eval()
         self._received = _recorder(model)
-        self._tokenizer = tokenizer
-        self._eos_ids = eos_ids
+        self._endings = Endings(tokenizer, eos_ids)
         self._hook = logits_hook
         self._device = next(model.parameters()).device
         self._max_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31 - 1
@@ -133,8 +89,8 @@ class TorchEngine:
         self._version = -1
         self._next: tuple[int, UpdateMode] | None = None
         self._asleep = False
-        self._queue: deque[_Group] = deque()  # groups with samples not started, in order of arrival
-        self._rows: list[_Row] = []
+        self._queue: deque[LiveGroup] = deque()  # groups with samples not started, in order of arrival
+        self._rows: list[LiveRow] = []
         self._ids: set[str] = set()
         self._stats = EngineStats()
 
@@ -167,7 +123,7 @@ class TorchEngine:
             check_request(request, in_flight=known, max_len=self._max_len)
             known.add(request.request_id)
         self._ids = known
-        self._queue.extend(_Group(request=request) for request in requests)
+        self._queue.extend(LiveGroup(request=request) for request in requests)
 
     @torch.inference_mode()
     def step(self) -> list[Completion]:
@@ -252,7 +208,7 @@ class TorchEngine:
             extra=dict(self._stats.extra),
         )
 
-    def _start(self, group: _Group) -> list[Completion]:
+    def _start(self, group: LiveGroup) -> list[Completion]:
         """Start as many of a group's samples as there are free slots; their first tokens come from the prefill."""
         request = group.request
         if group.prefilled is None:
@@ -265,14 +221,14 @@ class TorchEngine:
         self._cache.reserve(len(request.prompt_ids) + request.sampling.max_new_tokens)
         self._cache.write(first, count, prefix)
         indices = range(group.num_started, group.num_started + count)
-        self._rows += [_Row(group=group, sample_index=index) for index in indices]
+        self._rows += [LiveRow(group=group, sample_index=index) for index in indices]
         group.num_started += count
         if group.num_started == request.num_samples:
             self._queue.remove(group)
             group.prefilled = None
-        return self._draw(first, _Outputs(last.logits.expand(count, -1), last.hidden.expand(count, -1)))
+        return self._draw(first, Outputs(last.logits.expand(count, -1), last.hidden.expand(count, -1)))
 
-    def _prefill(self, tokens: Sequence[int]) -> tuple[Prefix, _Outputs]:
+    def _prefill(self, tokens: Sequence[int]) -> tuple[Prefix, Outputs]:
         """Run one sequence alone; return its keys and values, and the outputs [1, ...] after its last token."""
         ids = torch.zeros(1, round_up(len(tokens), WINDOW_MULTIPLE), dtype=torch.long)
         ids[0, : len(tokens)] = torch.as_tensor(tokens)
@@ -301,7 +257,7 @@ class TorchEngine:
         self._stats.decode_s += time.perf_counter() - start
         return self._draw(0, outputs[:live, 0])
 
-    def _forward(self, ids: Tensor, positions: Tensor, *, keep: int | Tensor, context: SlotContext) -> _Outputs:
+    def _forward(self, ids: Tensor, positions: Tensor, *, keep: int | Tensor, context: SlotContext) -> Outputs:
         logits: Tensor = self._model(
             input_ids=ids.to(self._device),
             position_ids=positions.to(self._device),
@@ -311,9 +267,9 @@ class TorchEngine:
         ).logits
         hidden = self._received.pop()
         assert hidden.shape[:-1] == logits.shape[:-1], "the output head is called on the kept states alone"
-        return _Outputs(logits, hidden)
+        return Outputs(logits, hidden)
 
-    def _draw(self, first: int, outputs: _Outputs) -> list[Completion]:
+    def _draw(self, first: int, outputs: Outputs) -> list[Completion]:
         """Append one token to each row from `first` on, and retire the rows that end with it."""
         start = time.perf_counter()
         rows = self._rows[first:]
@@ -326,64 +282,24 @@ class TorchEngine:
         uniform = uniforms(seeds, indices, np.array([len(row.tokens) for row in rows]))
         tokens, logprobs = sample(logits, [request.sampling for request in requests], uniform)
         for row, token, logprob in zip(rows, tokens.tolist(), logprobs.tolist(), strict=True):
-            self._append(row, token, logprob)
+            row.append(token, logprob, self._version)
         finished = []
         # From the last row down, so that the row which fills a hole has been looked at already.
         for slot in reversed(range(first, len(self._rows))):
-            reason = self._finish_reason(self._rows[slot])
+            reason = self._endings.reason(self._rows[slot])
             if reason is not None:
                 finished.append(self._complete(slot, reason))
         self._stats.sample_s += time.perf_counter() - start
         return finished
 
-    def _append(self, row: _Row, token: int, logprob: float) -> None:
-        if not math.isfinite(logprob):
-            raise EngineError(
-                f"log-probs must be finite, got {logprob} (request {row.group.request.request_id!r}, "
-                f"token {len(row.tokens)}, version {self._version}); the policy has probably diverged"
-            )
-        row.tokens.append(token)
-        row.logprobs.append(logprob)
-        row.versions.append(self._version)
-
-    def _finish_reason(self, row: _Row) -> FinishReason | None:
-        request, length = row.group.request, len(row.tokens)
-        if request.forced_lengths:
-            return "length" if length == request.forced_lengths[row.sample_index] else None
-        if row.tokens[-1] in self._eos_ids:
-            return "eos"
-        if request.sampling.stop and self._stops(row.tokens, request.sampling.stop):
-            return "stop"
-        return "length" if length == request.sampling.max_new_tokens else None
-
-    def _stops(self, tokens: list[int], stop: tuple[str, ...]) -> bool:
-        """Return whether the last token completed a stop string; a token of text has at least one byte of it."""
-        tail = max(len(string.encode()) for string in stop) + _STOP_MARGIN
-        text = self._text(tokens[-tail:])
-        return any(string in text for string in stop)
-
-    def _text(self, tokens: list[int]) -> str:
-        text = self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        assert isinstance(text, str), "one sequence decodes to one text"
-        return text
-
     def _complete(self, slot: int, reason: FinishReason) -> Completion:
         row = self._rows[slot]
         self._free(slot)
-        request = row.group.request
         row.group.num_finished += 1
-        if row.group.num_finished == request.num_samples:
-            self._ids.discard(request.request_id)
+        if row.group.num_finished == row.group.request.num_samples:
+            self._ids.discard(row.group.request.request_id)
         self._stats.num_completions += 1
-        return Completion(
-            request_id=request.request_id,
-            sample_index=row.sample_index,
-            response_ids=np.array(row.tokens, dtype=np.int32),
-            response_text=self._text(row.tokens),
-            logprobs=np.array(row.logprobs, dtype=np.float32),
-            policy_versions=np.array(row.versions, dtype=np.int32),
-            finish_reason=reason,
-        )
+        return self._endings.completion(row, reason)
 
     def _free(self, slot: int) -> None:
         """Give a slot back and move the last live row into it."""

@@ -33,7 +33,6 @@ MAX_SKIPPED = 3
 """So many skipped steps in a row end the run."""
 
 _CONTROLLER = "controller.json"
-_INCARNATION = "incarnation"
 _MISTAKES = (ValueError, TypeError, MismatchError, StateError)
 """Failures of a rank that would come again in the next gang."""
 
@@ -101,22 +100,6 @@ class _Saving:
     files: dict[str, str]
     """Name -> text, beside what the ranks write."""
     is_gathered: bool = False
-
-
-class DurableIncarnations:
-    """Numbers that grow from 0, none of which any process of a run has had before."""
-
-    def __init__(self, storage: RunStorage) -> None:
-        self._storage = storage
-
-    def __iter__(self) -> "DurableIncarnations":
-        return self
-
-    def __next__(self) -> int:
-        storage = self._storage
-        number = int(storage.read_text(_INCARNATION)) + 1 if storage.exists(_INCARNATION) else 0
-        storage.write_text(str(number), _INCARNATION)
-        return number
 
 
 class RecoveringLearner:

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 
 from actors.memory import resident_bytes
 from cluster.claim import claim
+from cluster.incarnations import durable_incarnations
 from cluster.interrupt import StopRequest
 from cluster.ledger import LedgerJournal
 from cluster.ledger_store import LedgerStore
@@ -18,7 +19,7 @@ from cluster.metrics import FAULTS, Recorder
 from cluster.pipeline import Batch
 from cluster.pipeline_core import WeightsLostError, WeightsWantedError
 from cluster.pool import WorkerError
-from cluster.recovery import DurableIncarnations, StepResult
+from cluster.recovery import StepResult
 from cluster.redo import RedoError
 from cluster.session import STATE_FILE, Session
 from cluster.status import LEDGER_FILE
@@ -303,7 +304,7 @@ class Run(Session):
         return self._store
 
     def _incarnations(self) -> Iterator[int]:
-        return DurableIncarnations(self.storage)
+        return durable_incarnations(self.storage)
 
     def _close_records(self) -> None:
         """Complete the records; what keeps them from it is said, since something else may have ended the run."""

@@ -1,4 +1,4 @@
-"""Settings that must be in place before torch is imported: exact bits, one thread, no network."""
+"""Settings that must be in place before torch is imported: exact bits, one thread, no network.  And who runs what."""
 
 import os
 
@@ -19,3 +19,11 @@ def ray_cluster():
     ray.init(num_cpus=2, namespace="concord", include_dashboard=False)
     yield ray
     ray.shutdown()
+
+
+def pytest_collection_modifyitems(items):
+    """Give one process all tests that need real actors, first, and the other whole files: both work to the end."""
+    items.sort(key=lambda item: "ray_cluster" not in item.fixturenames)
+    for item in items:
+        group = "ray" if "ray_cluster" in item.fixturenames else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))

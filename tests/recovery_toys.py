@@ -14,9 +14,10 @@ import numpy as np
 import pyarrow as pa
 
 from actors.weights import Publication
+from cluster.incarnations import durable_incarnations
 from cluster.pipeline import Batch
 from cluster.ranks import GangError
-from cluster.recovery import DurableIncarnations, RecoveringLearner
+from cluster.recovery import RecoveringLearner
 from cluster.redo import RedoLog
 from cluster.storage import RunStorage
 from learner.algorithm_config import AlgorithmConfig, KLConfig
@@ -175,7 +176,7 @@ def learner_on(script, storage, *, learner_type=RecoveringLearner, max_restarts=
         controller,
         storage,
         RedoLog(storage),
-        incarnations=DurableIncarnations(storage),
+        incarnations=durable_incarnations(storage),
         max_restarts=max_restarts,
         say=say,
     )
