@@ -1,4 +1,4 @@
-"""How much memory this process holds."""
+"""How much memory this process holds, and how much is left."""
 
 import os
 import resource
@@ -13,3 +13,29 @@ def resident_bytes() -> int:
     except OSError:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024  # KiB but on macOS
+
+
+def available_bytes() -> int:
+    """Return the bytes of main memory that processes can still take without pushing anything out.
+
+    Of the machine, or of the control group where that is less; a quarter of the machine's where the system does not
+    say.
+    """
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            lines = dict(line.split(":", 1) for line in file)
+        available = int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+    return max(0, min(available, _left_in_group()))
+
+
+def _left_in_group() -> int:
+    """Return what is left of the limit of this process's control group (version 2, as a container sees its own)."""
+    try:
+        with open("/sys/fs/cgroup/memory.max", encoding="ascii") as file:
+            limit = int(file.read())
+        with open("/sys/fs/cgroup/memory.current", encoding="ascii") as file:
+            return limit - int(file.read())
+    except (OSError, ValueError):  # no such group, or its limit is the word max
+        return sys.maxsize

@@ -60,10 +60,10 @@ class LearnerConfig(Config):
     """Response tokens whose logits exist at one time."""
     softmax_bytes: int = Field(default=2**29, ge=0)
     """Softmax over the vocabulary that a rank keeps for the backward pass, bytes; what is above is computed twice."""
-    first_epoch_tokens: int | None = Field(default=None, ge=0)
-    """Trunk tokens of the first epoch whose activations a rank keeps until the step's targets are known, so that values
-    and old log-probs take no forward pass of their own; what is above is computed twice. 0 = none; null = 4096 on a
-    CPU, about 2 MB each for 135M parameters, and microbatch_tokens on a GPU. With one minibatch and ZeRO below 3."""
+    first_epoch_bytes: int | None = Field(default=None, ge=0)
+    """Activations of the first epoch that a rank keeps until the step's targets are known, so that values and old
+    log-probs take no forward pass of their own; what is above is computed twice. 0 = none; null = half of the memory
+    that is left at the first step on a CPU, one micro-batch's on a GPU. With one minibatch and ZeRO below 3."""
     critic: Literal["trunk", "separate"] = "trunk"
     """Value head on the policy's trunk, or a network of its own that starts as a copy of the policy."""
     lora: LoraConfig | None = None
@@ -82,9 +82,9 @@ class LearnerConfig(Config):
     @model_validator(mode="after")
     def _graphs_can_be_kept(self) -> "LearnerConfig":
         has_sharded = self.backend == "zero" and self.zero_stage == 3
-        if self.first_epoch_tokens and (self.num_minibatches > 1 or has_sharded):
+        if self.first_epoch_bytes and (self.num_minibatches > 1 or has_sharded):
             raise ValueError(
-                f"first_epoch_tokens must be left out or 0, got {self.first_epoch_tokens} with num_minibatches "
+                f"first_epoch_bytes must be left out or 0, got {self.first_epoch_bytes} with num_minibatches "
                 f"{self.num_minibatches}, backend {self.backend} and zero_stage {self.zero_stage}: graphs are kept "
                 "with one minibatch, and with zero_stage 2 or less"
             )

@@ -43,10 +43,6 @@ MAX_LOGPROB_GAP = 1e-3
 """Largest difference between recorded and recomputed float32 log-probs; rounding stays two orders below."""
 
 
-DEFAULT_KEPT_TOKENS = 4096
-"""Trunk tokens whose activations main memory holds where nothing else is set."""
-
-
 class MismatchError(RuntimeError):
     """The engine's log-probs are not the learner's for the same weights and tokens."""
 
@@ -120,7 +116,7 @@ class LearnerRank:
             self._networks,
             BaseReference(self._networks) if is_base else self._moving,
             records_are_old=self._records_are_old,
-            kept_tokens=_kept_tokens(learner, self._device),
+            kept_bytes=learner.first_epoch_bytes,
         )
         self._saver = state.Saver()
 
@@ -268,7 +264,7 @@ class LearnerRank:
         log_ratios: list[torch.Tensor] = []
         for microbatch in update.ranks[self._rank]:
             # a kept graph is freed by its backward pass, so memory falls from one to the next
-            scored = kept.popleft() if kept else self._scorer.score(microbatch, batch.samples, batch.plan)
+            scored = self._scorer.score(microbatch, batch.samples, batch.plan, kept)
             loss, logprobs = self._microbatch(microbatch, scored, update, batch)
             sums += loss.shares.cpu()
             members = [batch.samples[index] for index in sample_indices(microbatch, batch.plan)]
@@ -343,13 +339,6 @@ class LearnerRank:
                 f"recorded log-probs must equal the learner's within {MAX_LOGPROB_GAP:g}, got a difference of "
                 f"{gap:.3g} (step {plan.step}); the engine samples from other weights, or attends in another way"
             )
-
-
-def _kept_tokens(learner: LearnerConfig, device: torch.device) -> int:
-    """Return `learner.first_epoch_tokens`; left out, a GPU holds what one micro-batch has anyway."""
-    if learner.first_epoch_tokens is not None:
-        return learner.first_epoch_tokens
-    return DEFAULT_KEPT_TOKENS if device.type == "cpu" else learner.microbatch_tokens
 
 
 def _records_are_old(algorithm: AlgorithmConfig, *, is_exact: bool, max_staleness: int) -> bool:

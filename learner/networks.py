@@ -3,7 +3,9 @@
 The epoch loop asks for predictions, hands losses back and steps; it does not know how many engines there are.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
 from transformers import PreTrainedModel
@@ -78,16 +80,29 @@ class Networks:
         """Engines by the name that their state has in a checkpoint."""
         return {"policy": self.policy} | ({"critic": self.critic} if self.critic else {})
 
+    def weights(self) -> Iterator[torch.Tensor]:
+        """Yield the parameters and buffers of all networks."""
+        for engine in self.engines.values():
+            yield from chain(engine.module.parameters(), engine.module.buffers())
+
     def softmax_bytes(self, row: GroupRow) -> int:
         """Return the bytes of the softmax over the vocabulary for a row's response tokens."""
         return row.targets.numel() * self._vocab_size * 4
 
-    def forward(self, row: GroupRow, *, has_tokens: bool = True, occupied_bytes: int = 0) -> Forward:
+    def forward(
+        self,
+        row: GroupRow,
+        *,
+        has_tokens: bool = True,
+        values: torch.Tensor | None = None,
+        occupied_bytes: int = 0,
+    ) -> Forward:
         """Run a row.
 
         Args:
             row: made by the module's scorer.
             has_tokens: without it only values are computed.
+            values: the separate critic's, where it has been run already.
             occupied_bytes: of softmax that other graphs keep meanwhile.
         """
         kept_bytes = max(0, self._scoring.kept_bytes - occupied_bytes)
@@ -97,7 +112,9 @@ class Networks:
             return Forward(logprobs=logprobs, entropy=entropy, values=values)
         empty = torch.empty(0, device=self.device)
         logprobs, entropy = self.policy.forward(row, scoring)[:2] if has_tokens else (empty, empty)
-        return Forward(logprobs=logprobs, entropy=entropy, values=self.critic.forward(row))
+        return Forward(
+            logprobs=logprobs, entropy=entropy, values=self.critic.forward(row) if values is None else values
+        )
 
     @torch.no_grad()
     def base_logprobs(self, row: GroupRow) -> torch.Tensor:

@@ -1,8 +1,9 @@
 """How much memory a process says it holds."""
 
 import numpy as np
+import psutil
 
-from actors.memory import resident_bytes
+from actors.memory import available_bytes, resident_bytes
 
 
 def test_memory_that_is_used_is_counted_in_bytes():
@@ -20,3 +21,22 @@ def test_where_the_system_does_not_say_it_is_the_most_so_far(monkeypatch):
 
     monkeypatch.setattr("actors.memory.open", missing, raising=False)
     assert now // 2 < resident_bytes() < 100 * now, "in the same unit"
+
+
+def test_what_is_left_is_what_the_system_says():
+    assert 0 < available_bytes() < 1.2 * psutil.virtual_memory().available
+
+
+def test_the_limit_of_a_container_is_kept_where_it_is_less(monkeypatch, tmp_path):
+    files = {"/sys/fs/cgroup/memory.max": "5000", "/sys/fs/cgroup/memory.current": "3000"}
+
+    def written(path, **options):
+        if path in files:
+            (tmp_path / "file").write_text(files[path], encoding="ascii")
+            return open(tmp_path / "file", encoding="ascii")
+        return open(path, **options)
+
+    monkeypatch.setattr("actors.memory.open", written, raising=False)
+    assert available_bytes() == 2000
+    files["/sys/fs/cgroup/memory.max"] = "max\n"
+    assert available_bytes() > 2**20

@@ -18,8 +18,8 @@ def test_decay_rates_may_be_0() -> None:
 @pytest.mark.parametrize(
     ("settings", "rule"),
     [
-        ({"first_epoch_tokens": 64, "num_minibatches": 2}, "first_epoch_tokens must be left out or 0, got 64"),
-        ({"first_epoch_tokens": 64, "zero_stage": 3}, "first_epoch_tokens must be left out or 0, got 64"),
+        ({"first_epoch_bytes": 64, "num_minibatches": 2}, "first_epoch_bytes must be left out or 0, got 64"),
+        ({"first_epoch_bytes": 64, "zero_stage": 3}, "first_epoch_bytes must be left out or 0, got 64"),
         ({"offload": "optimizer", "zero_stage": 0}, "offload must be none with backend zero and zero_stage 0"),
         ({"offload": "optimizer", "backend": "local"}, "offload must be none with backend local"),
     ],
@@ -31,5 +31,5 @@ def test_what_would_be_ignored_is_refused(settings: dict[str, object], rule: str
 
 
 def test_graphs_may_be_refused_where_none_could_be_kept() -> None:
-    settings = {"first_epoch_tokens": 0, "num_minibatches": 2, "zero_stage": 3}
-    assert LearnerConfig.model_validate(settings).first_epoch_tokens == 0
+    settings = {"first_epoch_bytes": 0, "num_minibatches": 2, "zero_stage": 3}
+    assert LearnerConfig.model_validate(settings).first_epoch_bytes == 0

@@ -68,7 +68,7 @@ def plain(toy: str) -> dict[str, dict[str, torch.Tensor]]:
         "separate": {"critic": "separate"},
         "lora": {"lora": LoraConfig(rank=4, alpha=8.0)},
         "four minibatches": {"num_minibatches": 4},
-        "two passes": {"num_minibatches": 1, "first_epoch_tokens": 0},
+        "two passes": {"num_minibatches": 1, "first_epoch_bytes": 0},
     }
     return {kind: parameters(learn(toy, **settings)) for kind, settings in kinds.items()}
 

@@ -91,7 +91,7 @@ def test_the_names_of_presets_without_values() -> None:
 )
 def test_old_logprobs_are_recorded_or_computed(old, dtype, is_computed, forwards) -> None:
     """In bfloat16 what was recorded is another policy's: the ratio to it is not 1, to the computed ones it is."""
-    apart = ONE.model_copy(update={"first_epoch_tokens": 0})
+    apart = ONE.model_copy(update={"first_epoch_bytes": 0})
     learner = rank(algorithm("rloo", off_policy={"old_logprobs": old}), apart, dtype=dtype)
     metrics = step(learner)
     assert forwards == ([False] if is_computed else []) + [True]
