@@ -8,47 +8,40 @@ against TRL 1.16 with the same scripted reward on both sides.  Two workloads: `u
 (`benchmarks.trl_workload`).  Both sides live through a comparison, each in its own processes, and iterations alternate:
 one to warm up, then `--repeats` that count.  While one side works the other one waits, and how much it computes
 meanwhile is measured.  With PPO, whose seven networks fill 23 GB, one side ends before the other one begins, and the
-machine's speed is measured before each.  Prints the phases, and last one line of JSON: TRL's median time over Concord's
-by comparison.
+machine's speed is measured before each; both PPO comparisons of a workload that are made in one run have the same
+iterations of TRL, which come after Concord's of the first one and before Concord's of the second one.  Prints the
+phases, and last one line of JSON: TRL's median time over Concord's by comparison.
 """
 
 import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
-from importlib.util import find_spec
-from pathlib import Path
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import psutil
 from transformers import PreTrainedTokenizerBase
 
-from actors.cache import build_once, cache_directory
+from actors.cache import cache_directory
 from actors.encoding import PromptEncoder
 from actors.policy import load_tokenizer
 from benchmarks.flops import PHASES, Critic, Group, gemm_peak, needed_flops, read_architecture
 from benchmarks.machine import finish
+from benchmarks.trl_peer import PeerError, Trl, trl_environment
 from benchmarks.trl_workload import THREADS, Algorithm, Settings, Workload, make_workload
 
-ROOT = Path(__file__).parent.parent
 VERSIONS: dict[Algorithm, str] = {"ppo": "1.12.0", "grpo": "1.16.0"}
 """TRL's, by algorithm: the last one with PPO, and the one that is current."""
-TRL_NEEDS = ("accelerate", "datasets", "pandas", "rich")
 SETTINGS = Settings()
 OUR_SETTINGS = ("rollouts.num_workers=2", "reward.num_workers=2", "learner.backend=local")
 """What suits one machine with two cores: workers of one thread each, a learner without ranks."""
 MAX_IDLE_SHARE = 0.1
 """Of one core, that a side may use while the other one works; Ray's own processes look after themselves with less."""
-
-
-class PeerError(RuntimeError):
-    """TRL could not be prepared or did not do its part."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +56,11 @@ class Comparison:
     def is_apart(self) -> bool:
         """Whether one side ends before the other one begins."""
         return self.has_judge
+
+    @property
+    def peer(self) -> tuple[str, Algorithm]:
+        """What TRL is asked to do."""
+        return self.workload, self.algorithm
 
     @property
     def has_judge(self) -> bool:
@@ -80,6 +78,20 @@ COMPARISONS = {
     for workload in ("uniform", "realistic")
     for name, algorithm, critic in _KINDS
 }
+
+
+@dataclass(slots=True, kw_only=True)
+class Turns:
+    """What one side did in a comparison."""
+
+    iterations: list[dict[str, Any]] = field(default_factory=list)
+    """The first one is for warming up."""
+    ready: Any = None
+    """How it was set up."""
+    memory_gib: float = 0.0
+    """Its processes' own, after the last iteration."""
+    peak: float = 0.0
+    """Operations per second of a product just before."""
 
 
 class Side(Protocol):
@@ -101,69 +113,6 @@ class Side(Protocol):
         """Return all that belong to it."""
 
 
-class Trl:
-    """TRL's trainer in a process of its own, which makes one iteration when asked.  Use as a context manager.
-
-    Args:
-        environment: directory with the right version of TRL.
-        job: what `benchmarks.trl_theirs` reads.
-        directory: for its files.
-    """
-
-    def __init__(self, environment: str, job: dict[str, Any], directory: str) -> None:
-        path = os.path.join(directory, "job.json")
-        with open(path, "w", encoding="utf-8") as file:
-            json.dump(job, file)
-        self._log = os.path.join(directory, "trl.log")
-        variables = {name: value for name, value in os.environ.items() if name not in ("MKL_CBWR", "OMP_WAIT_POLICY")}
-        variables |= {
-            "PYTHONPATH": os.pathsep.join([environment, str(ROOT)]),
-            "OMP_NUM_THREADS": str(THREADS),
-            "HF_HUB_OFFLINE": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-            "TRL_EXPERIMENTAL_SILENCE": "1",
-        }
-        with open(self._log, "w", encoding="utf-8") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.trl_theirs", path],
-                cwd=ROOT,
-                env=variables,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-            )
-        self.pid = self._process.pid
-        self.ready = self._answer()
-
-    def __enter__(self) -> "Trl":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._process.kill()
-        self._process.wait()
-
-    def step(self) -> dict[str, Any]:
-        """Make an iteration; return what it took and saw."""
-        assert self._process.stdin is not None, "it is a pipe"
-        self._process.stdin.write("go\n")
-        self._process.stdin.flush()
-        return self._answer()
-
-    def processes(self) -> list[psutil.Process]:
-        """Return the process, as a list of one."""
-        return [psutil.Process(self.pid)]
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None, "it is a pipe"
-        line = self._process.stdout.readline()
-        if not line:
-            text = Path(self._log).read_text(encoding="utf-8")[-3000:]
-            raise PeerError(f"TRL's process must answer, and ended; the end of what it printed:\n{text}")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-
 def main() -> None:
     """Compare and print."""
     arguments = _arguments()
@@ -181,12 +130,14 @@ def main() -> None:
             model = arguments.model or _demo_model()
             judge = _make_judge(model, os.path.join(directory, "judge"))
             details = _measured_before(arguments.output)
+            peers: dict[tuple[str, Algorithm], Turns] = {}
             for key in keys:
                 with _own_directory(directory, key) as place:
                     comparison = COMPARISONS[key]
-                    details[key] = compare(
+                    details[key], peers[comparison.peer] = compare(
                         comparison, arguments, place, model=model, judge=judge,
                         environment=environments[comparison.algorithm],
+                        peer=peers.get(comparison.peer) if comparison.is_apart else None,
                     )  # fmt: skip
                     print(f"{key}: TRL takes {details[key]['ratio']:.2f} times as long as Concord\n", flush=True)
                 finish(_result(details), arguments.output)
@@ -208,13 +159,57 @@ def _measured_before(path: str | None) -> dict[str, Any]:
 
 
 def compare(
-    comparison: Comparison, arguments: argparse.Namespace, directory: str, *, model: str, judge: str, environment: str
-) -> dict[str, Any]:
-    """Run both sides in turn; return the ratio of their medians, and everything measured."""
-    from benchmarks.trl_ours import Concord, make_config, resident_bytes
+    comparison: Comparison,
+    arguments: argparse.Namespace,
+    directory: str,
+    *,
+    model: str,
+    judge: str,
+    environment: str,
+    peer: Turns | None,
+) -> tuple[dict[str, Any], Turns]:
+    """Run both sides in turn, or Concord alone after what TRL has done in this run already.
 
-    tokenizer = load_tokenizer(model)
-    workload = make_workload(comparison.workload, PromptEncoder(tokenizer).encode)
+    Returns:
+        The ratio of their medians and everything measured; what TRL did.
+    """
+    workload = make_workload(comparison.workload, PromptEncoder(load_tokenizer(model)).encode)
+    load = os.getloadavg()[0]
+    sides = _sides(comparison, arguments, workload, directory, model=model, judge=judge, environment=environment)
+    turns = {name: Turns() for name in sides}
+    if peer is not None:
+        del sides["trl"]
+        turns["trl"] = peer
+    for together in [[name] for name in reversed(sides)] if comparison.is_apart else [list(sides)]:
+        _run_together({name: sides[name] for name in together}, turns, 1 + arguments.repeats)
+    _print_rules(workload, turns["trl"].ready, turns["concord"].ready, is_apart=comparison.is_apart)
+    for pair in zip(turns["trl"].iterations, turns["concord"].iterations, strict=True):
+        _check_same(*pair, workload)
+    counted = {name: found.iterations[1:] for name, found in turns.items()}
+    report = _summary(comparison, workload, counted, model=model, peak=max(found.peak for found in turns.values()))
+    _print_phases(report)
+    report |= {
+        "load": load,
+        "memory_gib": {name: found.memory_gib for name, found in turns.items()},
+        "settings": {"trl": turns["trl"].ready, "concord": [*OUR_SETTINGS, *arguments.set]},
+        "gemm_peaks_gflops": {name: round(found.peak / 1e9, 1) for name, found in turns.items()},
+    }
+    return report, turns["trl"]
+
+
+def _sides(
+    comparison: Comparison,
+    arguments: argparse.Namespace,
+    workload: Workload,
+    directory: str,
+    *,
+    model: str,
+    judge: str,
+    environment: str,
+) -> dict[str, Callable[[Sequence[int]], Side]]:
+    """Return what starts each side, given the processes that are there already and not its own."""
+    from benchmarks.trl_ours import Concord, make_config
+
     iterations = 1 + arguments.repeats
     job = {
         "algorithm": comparison.algorithm,
@@ -227,7 +222,6 @@ def compare(
         "microbatch": arguments.microbatch,
         "rollout_rows": arguments.rollout_rows,
     }
-    load = os.getloadavg()[0]
     config = make_config(
         directory,
         workload,
@@ -239,36 +233,31 @@ def compare(
         settings=SETTINGS,
         overrides=[*OUR_SETTINGS, *arguments.set],
     )
-    sides: dict[str, Callable[[Sequence[int]], Side]] = {
+    return {
         "trl": lambda _: Trl(environment, job, directory),
         "concord": lambda strangers: Concord(config, strangers=strangers),
     }
-    turns: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
-    memory: dict[str, float] = {}
-    ready: dict[str, Any] = {}
-    peaks = []
-    for together in [[name] for name in sides] if comparison.is_apart else [list(sides)]:
-        peaks.append(gemm_peak(threads=THREADS))
-        with ExitStack() as stack:
-            live: dict[str, Side] = {}
-            for name in together:
-                strangers = [process.pid for side in live.values() for process in side.processes()]
-                live[name] = stack.enter_context(sides[name](strangers))
-                ready[name] = live[name].ready
-            for _ in range(iterations):
-                for name, side in live.items():
-                    others = [process for other in live if other != name for process in live[other].processes()]
-                    turns[name].append(_take_turn(name, side, others))
-            memory |= {name: round(resident_bytes(side.processes()) / 2**30, 2) for name, side in live.items()}
-    _print_rules(workload, ready["trl"], ready["concord"], is_apart=comparison.is_apart)
-    for pair in zip(turns["trl"], turns["concord"], strict=True):
-        _check_same(*pair, workload)
-    counted = {name: found[1:] for name, found in turns.items()}
-    report = _summary(comparison, workload, counted, model=model, peak=max(peaks))
-    _print_phases(report)
-    settings = {"trl": ready["trl"], "concord": [*OUR_SETTINGS, *arguments.set]}
-    peaks_gflops = [round(value / 1e9, 1) for value in peaks]
-    return report | {"load": load, "memory_gib": memory, "settings": settings, "gemm_peaks_gflops": peaks_gflops}
+
+
+def _run_together(
+    sides: Mapping[str, Callable[[Sequence[int]], Side]], turns: Mapping[str, Turns], iterations: int
+) -> None:
+    """Start sides, and let them make iterations in turn."""
+    from benchmarks.trl_ours import resident_bytes
+
+    peak = gemm_peak(threads=THREADS)
+    with ExitStack() as stack:
+        live: dict[str, Side] = {}
+        for name, start in sides.items():
+            strangers = [process.pid for side in live.values() for process in side.processes()]
+            live[name] = stack.enter_context(start(strangers))
+            turns[name].ready, turns[name].peak = live[name].ready, peak
+        for _ in range(iterations):
+            for name, side in live.items():
+                others = [process for other in live if other != name for process in live[other].processes()]
+                turns[name].iterations.append(_take_turn(name, side, others))
+        for name, side in live.items():
+            turns[name].memory_gib = round(resident_bytes(side.processes()) / 2**30, 2)
 
 
 def _take_turn(name: str, side: Side, others: Sequence[psutil.Process]) -> dict[str, Any]:
@@ -389,28 +378,6 @@ def _print_phases(report: dict[str, Any]) -> None:
         )
         if side["other_side_used"] > MAX_IDLE_SHARE:
             print(f"  WARNING: that is above {100 * MAX_IDLE_SHARE:.0f} %, so {name}'s time is too long")
-
-
-def trl_environment(version: str, parent: str) -> str:
-    """Return a directory that holds one version of TRL and nothing else, installed if it is not there.
-
-    Raises:
-        PeerError: if it cannot be installed, or what it needs beside itself is missing.
-    """
-    missing = [name for name in TRL_NEEDS if find_spec(name) is None]
-    if missing:
-        raise PeerError(f"TRL needs {', '.join(missing)}, which are not installed; install Concord's extra `test`")
-
-    def install(directory: str) -> None:
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", directory]
-        done = subprocess.run([*command, f"trl=={version}"], capture_output=True, text=True)
-        if done.returncode:
-            raise PeerError(
-                f"pip must be able to install trl=={version} into {parent}, got:\n{done.stderr[-1000:]}\nmake the "
-                "package index reachable, or name a directory that has it with --environments"
-            )
-
-    return build_once(os.path.join(parent, f"trl-{version}"), install)
 
 
 def _make_judge(model: str, directory: str) -> str:
