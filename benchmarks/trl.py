@@ -4,13 +4,13 @@
 
 PPO against `trl.experimental.ppo.PPOTrainer` of TRL 1.12 (policy, reference, reward model and critic, all as large as
 the policy), with Concord's critic a network of its own (`*_ppo`) or a head on the policy's trunk (`*_ppo_trunk`); GRPO
-against TRL 1.16 with the same scripted reward on both sides.  Two workloads: `uniform` and `realistic`
-(`benchmarks.trl_workload`).  Both sides live through a comparison, each in its own processes, and iterations alternate:
-one to warm up, then `--repeats` that count.  While one side works the other one waits, and how much it computes
-meanwhile is measured.  With PPO, whose seven networks fill 23 GB, one side ends before the other one begins, and the
-machine's speed is measured before each; both PPO comparisons of a workload that are made in one run have the same
-iterations of TRL, which come after Concord's of the first one and before Concord's of the second one.  Prints the
-phases, and last one line of JSON: TRL's median time over Concord's by comparison.
+against TRL 1.16 with the same scripted reward on both sides. Two workloads: `uniform` and `realistic`
+(`benchmarks.trl_workload`). Each side makes one iteration to warm up, then `--repeats` that count. With `uniform_grpo`
+both sides live through the comparison and iterations alternate: while one side works the other one waits, and how much
+it computes meanwhile is measured. The others need more than 23 GB for both sides at one time, so that one ends before
+the other one begins, and the machine's speed is measured before each; both PPO comparisons of a workload that are made
+in one run have the same iterations of TRL, which come after Concord's of the first one and before Concord's of the
+second one. Prints the phases, and last one line of JSON: TRL's median time over Concord's by comparison.
 """
 
 import argparse
@@ -55,7 +55,7 @@ class Comparison:
     @property
     def is_apart(self) -> bool:
         """Whether one side ends before the other one begins."""
-        return self.has_judge
+        return self.has_judge or self.workload == "realistic"
 
     @property
     def peer(self) -> tuple[str, Algorithm]:

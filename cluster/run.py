@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from actors.memory import resident_bytes
 from cluster.claim import claim
-from cluster.incarnations import durable_incarnations
+from cluster.incarnations import DurableIncarnations
 from cluster.interrupt import StopRequest
 from cluster.ledger import LedgerJournal
 from cluster.ledger_store import LedgerStore
@@ -304,7 +304,7 @@ class Run(Session):
         return self._store
 
     def _incarnations(self) -> Iterator[int]:
-        return durable_incarnations(self.storage)
+        return DurableIncarnations(self.storage)
 
     def _close_records(self) -> None:
         """Complete the records; what keeps them from it is said, since something else may have ended the run."""

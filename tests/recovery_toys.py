@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from actors.weights import Publication
-from cluster.incarnations import durable_incarnations
+from cluster.incarnations import DurableIncarnations
 from cluster.pipeline import Batch
 from cluster.ranks import GangError
 from cluster.recovery import RecoveringLearner
@@ -176,7 +176,7 @@ def learner_on(script, storage, *, learner_type=RecoveringLearner, max_restarts=
         controller,
         storage,
         RedoLog(storage),
-        incarnations=durable_incarnations(storage),
+        incarnations=DurableIncarnations(storage),
         max_restarts=max_restarts,
         say=say,
     )
