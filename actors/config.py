@@ -96,8 +96,8 @@ class PromptsConfig(Config):
 class RolloutsConfig(Config):
     """How responses are sampled for training."""
 
-    engine: Literal["torch"] = "torch"
-    """Which engine generates."""
+    engine: Literal["torch", "vllm"] = "torch"
+    """Which engine generates. vllm needs the extra of that name, and its samples are not the same bits twice."""
     num_workers: int = Field(default=1, ge=1)
     """Inference replicas, each one process."""
     prompts_per_step: int = Field(default=8, ge=1)

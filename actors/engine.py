@@ -175,10 +175,7 @@ class Engine(Protocol):
         """Return what `load` expects: canonical name -> (shape, dtype name), tied tensors once."""
 
     def sleep(self) -> None:
-        """Release KV memory; no request may be live."""
-
-    def wake(self) -> None:
-        """Take KV memory back."""
+        """Give the memory of weights and KV back; no request may be live.  The next complete update wakes it."""
 
     def stats(self) -> EngineStats:
         """Return a snapshot of the counters."""

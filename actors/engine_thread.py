@@ -18,6 +18,7 @@ from typing import Any
 
 from actors.engine import Completion, Engine, Request, UpdateMode
 from actors.faults import fault
+from actors.memory import give_back
 from actors.streams import IncomingStream
 from actors.weights import Fetched
 
@@ -73,11 +74,16 @@ class Stats:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Sleep:
+    """Give memory back until the next update."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Close:
     """End the thread."""
 
 
-Command = Generate | Abort | Update | Stats | Close
+Command = Generate | Abort | Update | Stats | Sleep | Close
 
 
 @dataclass(slots=True, kw_only=True)
@@ -168,7 +174,7 @@ class EngineThread:
         while block or not self._inbox.empty():
             command, reply = self._inbox.get()
             block = False
-            if isinstance(command, Generate | Update):
+            if isinstance(command, Generate | Update | Sleep):
                 self._waiting.append((command, reply))
             else:  # these do not wait for an update
                 self._apply_safely(command, reply)
@@ -196,6 +202,10 @@ class EngineThread:
                 reply.succeed(None)
             case Stats():
                 reply.succeed(self._engine.stats())
+            case Sleep():
+                self._engine.sleep()
+                give_back()
+                reply.succeed(None)
             case Close():
                 self._closed.set()
                 reply.succeed(None)

@@ -31,7 +31,10 @@ class PackedLinear(nn.Linear):
     """Of some rows of the weight each, one after another."""
 
     def repack(self) -> None:
-        """Pack the weight as it is now, in place."""
+        """Pack the weight as it is now, in place where there is a place."""
+        if not self.packed:
+            self.packed = _pack(self.weight)
+            return
         for target, rows in zip(self.packed, _pieces(self.weight), strict=True):
             target.copy_(rows.to_mkldnn())  # another order within the same memory: no new pages
 
@@ -78,6 +81,13 @@ def repack(model: nn.Module) -> None:
     for layer in model.modules():
         if isinstance(layer, PackedLinear):
             layer.repack()
+
+
+def release(model: nn.Module) -> None:
+    """Give all packed copies back; packing again takes memory for them anew."""
+    for layer in model.modules():
+        if isinstance(layer, PackedLinear):
+            layer.packed = []
 
 
 def _pieces(weight: Tensor) -> Sequence[Tensor]:

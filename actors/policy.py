@@ -15,6 +15,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -149,6 +150,14 @@ def without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
             if "drop" in name and isinstance(value, float):
                 setattr(part, name, 0.0)
     return config
+
+
+def load_generation_config(model_dir: str) -> GenerationConfig:
+    """Return a model directory's generation configuration, an empty one where there is none."""
+    try:
+        return GenerationConfig.from_pretrained(model_dir)
+    except OSError:
+        return GenerationConfig()
 
 
 def eos_ids(model_or_generation_config: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -12,11 +12,11 @@ import pyarrow as pa
 import torch
 
 from actors.config import PolicyConfig, RolloutsConfig
-from actors.engine import Completion, Request, SamplingParams, UpdateMode
-from actors.engine_thread import Close, EngineThread, Generate, RolloutError, Stats, Update
+from actors.engine import Completion, Engine, Request, SamplingParams, UpdateMode
+from actors.engine_thread import Close, EngineThread, Generate, RolloutError, Sleep, Stats, Update
 from actors.faults import fault
 from actors.memory import resident_bytes
-from actors.policy import eos_ids, load_model, load_tokenizer, resolve_dtype
+from actors.policy import eos_ids, load_generation_config, load_model, load_tokenizer, resolve_dtype
 from actors.sampling import group_seed
 from actors.schema import PROMPTS, ROLLOUTS, check, from_stream
 from actors.streams import IncomingStream, StreamError, StreamReceiver, StreamSeat
@@ -75,28 +75,13 @@ class RolloutWorker:
         if num_threads > 0:
             torch.set_num_threads(num_threads)
         torch.manual_seed(seed)
-        target = torch.device(device)
-        model = load_model(
-            model_dir,
-            dtype=resolve_dtype(policy.dtype, target),
-            device=target,
-            trust_remote_code=policy.trust_remote_code,
-        )
-        tokenizer = load_tokenizer(model_dir, trust_remote_code=policy.trust_remote_code)
-        engine = TorchEngine(
-            model,
-            tokenizer,
-            max_rows=rollouts.max_rows,
-            eos_ids=eos_ids(model, tokenizer),
-            pack_weights=policy.pack_weights,
-        )
         self._run_id = run_id
         self._transport = transport
         self._fetch_timeout_s = fetch_timeout_s
         self._stall_s = stall_s
         self._update_mode = update_mode
         self._receiver = StreamReceiver()
-        self._thread = EngineThread(engine)
+        self._thread = EngineThread(make_engine(model_dir, policy, rollouts, torch.device(device)))
 
     async def generate(self, prompt: pa.Table | bytes, lease: Lease) -> tuple[pa.Table, dict[str, float]]:
         """Generate one group.
@@ -152,6 +137,15 @@ class RolloutWorker:
         except StreamError as error:
             raise RolloutError(f"{error}; publish the version again") from error
         return time.perf_counter() - start
+
+    async def sleep(self) -> None:
+        """Give the memory of weights and KV back, until new weights come; no group may be in flight.
+
+        Raises:
+            RolloutError: if one is.
+        """
+        fault("rollout.sleep")
+        await self._thread.ask(Sleep())
 
     async def ping(self) -> int:
         """Return the policy version.
@@ -214,6 +208,31 @@ class RolloutWorker:
         except Exception as error:  # whatever a transport raises; its own kinds need not survive the way back
             what = f"version {publication.version} could not be fetched"
             raise RolloutError(f"{what}: {type(error).__name__}: {error}; publish it again") from error
+
+
+def make_engine(model_dir: str, policy: PolicyConfig, rollouts: RolloutsConfig, device: torch.device) -> Engine:
+    """Return the engine that `rollouts.engine` names, with a directory's model."""
+    trust_remote_code, dtype = policy.trust_remote_code, resolve_dtype(policy.dtype, device)
+    tokenizer = load_tokenizer(model_dir, trust_remote_code=trust_remote_code)
+    if rollouts.engine == "vllm":
+        from actors.vllm_engine import VLLMEngine
+
+        return VLLMEngine(
+            model_dir,
+            tokenizer,
+            dtype=dtype,
+            max_rows=rollouts.max_rows,
+            eos_ids=eos_ids(load_generation_config(model_dir), tokenizer),
+            trust_remote_code=trust_remote_code,
+        )
+    model = load_model(model_dir, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    return TorchEngine(
+        model,
+        tokenizer,
+        max_rows=rollouts.max_rows,
+        eos_ids=eos_ids(model, tokenizer),
+        pack_weights=policy.pack_weights,
+    )
 
 
 def rollouts_table(

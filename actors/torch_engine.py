@@ -32,7 +32,7 @@ from actors.engine import (
     check_request,
 )
 from actors.live_rows import Endings, LiveGroup, LiveRow, Outputs
-from actors.packed_linear import pack, repack
+from actors.packed_linear import pack, release, repack
 from actors.sampling import sample, uniforms
 from actors.slots import WINDOW_MULTIPLE, Decode, Prefix, SlotCache, SlotContext, install, round_up
 from actors.weights import InPlaceWeights
@@ -129,7 +129,7 @@ class TorchEngine:
     def step(self) -> list[Completion]:
         """Give free slots to waiting samples, decode one token for every live row, return the samples that finished."""
         if self._next is not None or self._asleep:
-            raise EngineError("the engine must be awake and between updates to step; call end_update() or wake() first")
+            raise EngineError("the engine must be awake and between updates to step; bring it a complete version first")
         finished = []
         while self._queue and len(self._rows) < self._cache.num_slots:
             finished += self._start(self._queue[0])
@@ -174,6 +174,7 @@ class TorchEngine:
         repack(self._model)
         self._stats.load_s += time.perf_counter() - start
         (self._version, mode), self._next = self._next, None
+        self._asleep = False
         for group in self._queue:
             group.prefilled = None
         if mode == "reprefill":
@@ -186,17 +187,15 @@ class TorchEngine:
         return self._weights.shapes()
 
     def sleep(self) -> None:
-        """Release KV memory; no request may be live."""
+        """Give the memory of weights and KV back; no request may be live.  The next complete update wakes it."""
         if self._rows:
             raise EngineError(f"no request must be live when the engine sleeps, got {len(self._rows)} rows; abort them")
         for group in self._queue:
             group.prefilled = None
         self._cache.release()
+        self._weights.release()
+        release(self._model)
         self._asleep = True
-
-    def wake(self) -> None:
-        """Allow steps again; memory comes back with the next prefill."""
-        self._asleep = False
 
     def stats(self) -> EngineStats:
         """Return a snapshot of the counters."""

@@ -235,16 +235,26 @@ class InPlaceWeights:
 
     def __init__(self, module: nn.Module) -> None:
         self._parameters = dict(module.named_parameters())  # names tied parameters once
+        self._shapes = {name: parameter.shape for name, parameter in self._parameters.items()}
         self._missing: dict[str, int] = {}  # name -> next element, of those that have not come entirely
         self._is_whole = True  # all of one version
         self._may_change = False
 
     def shapes(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """Return canonical name -> (shape, dtype name)."""
-        return {name: (tuple(p.shape), dtype_name(p.dtype)) for name, p in self._parameters.items()}
+        return {name: (tuple(self._shapes[name]), dtype_name(p.dtype)) for name, p in self._parameters.items()}
+
+    def release(self) -> None:
+        """Give the memory back; the next update takes it again, and must bring every element."""
+        for parameter in self._parameters.values():
+            parameter.data = parameter.data.new_empty(0)
+        self._is_whole = False
 
     def begin(self) -> None:
         """Expect every parameter again; changes only where the update before has come to its end."""
+        for name, parameter in self._parameters.items():
+            if parameter.shape != self._shapes[name]:  # it was released
+                parameter.data = parameter.data.new_empty(self._shapes[name])
         self._missing = dict.fromkeys(self._parameters, 0)
         self._may_change, self._is_whole = self._is_whole, False
 

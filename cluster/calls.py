@@ -2,9 +2,9 @@
 
 import heapq
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 
+from cluster.fleet import Fleet, Member
 from cluster.messages import Call, Verb, WorkerId
 from cluster.rounds import Group
 
@@ -78,41 +78,39 @@ class Calls:
 
 
 class Heartbeats:
-    """Which slots must be asked for a sign of life, and when.
+    """Which workers of a fleet must be asked for a sign of life, and when.
 
-    A slot is watched once; that it has been heard of meanwhile shows when its time comes.  Example: asked after 5 s of
-    silence, watched at 0 s, heard of at 3 s: looked at at 5 s, watched again for 8 s.
+    A worker is watched once, while it has groups; that it has been heard of meanwhile shows when its time comes.
+    Example: asked after 5 s of silence, watched at 0 s, heard of at 3 s: looked at at 5 s, watched again for 8 s.
     """
 
-    def __init__(self, silence_s: float) -> None:
+    def __init__(self, silence_s: float, fleet: Fleet, calls: Calls) -> None:
         self._silence_s = silence_s
+        self._fleet = fleet
+        self._calls = calls
         self._due: list[tuple[float, int]] = []
         self._watched: set[int] = set()
 
-    def watch(self, slot: int, heard_at: float) -> None:
-        """Look after a slot from now on."""
-        if slot not in self._watched:
-            self._watched.add(slot)
-            heapq.heappush(self._due, (heard_at + self._silence_s, slot))
+    def watch(self, member: Member) -> None:
+        """Look after a worker from now on, if it is one of the fleet's and has groups."""
+        worker = member.worker
+        if worker.role is self._fleet.role and member.num_groups and worker.slot not in self._watched:
+            self._watched.add(worker.slot)
+            heapq.heappush(self._due, (member.heard_at + self._silence_s, worker.slot))
 
-    def due(self, now: float, heard_at: Callable[[int], float | None]) -> list[int]:
-        """Return the slots to be asked now, which are watched no longer.
-
-        Args:
-            now: seconds.
-            heard_at: when a slot was heard of; None = it need not be watched.
-        """
+    def due(self, now: float) -> list[WorkerId]:
+        """Return the workers to be asked now, which are watched no longer."""
         silent = []
         while self._due and self._due[0][0] <= now:
             _, slot = heapq.heappop(self._due)
             self._watched.discard(slot)
-            heard = heard_at(slot)
-            if heard is None:
+            member = self._fleet.members[slot]
+            if self._calls.owes(member.worker, Verb.PING):
                 continue
-            if heard + self._silence_s <= now:
-                silent.append(slot)
+            if member.num_groups and member.heard_at + self._silence_s <= now:
+                silent.append(member.worker)
             else:
-                self.watch(slot, heard)
+                self.watch(member)
         return sorted(silent)
 
     def next(self) -> float | None:

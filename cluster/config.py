@@ -119,6 +119,9 @@ class PlacementConfig(Config):
     """torch threads of each reward worker; 0 = the planner's choice."""
     learner_threads: int = Field(default=0, ge=0)
     """torch threads of each learner rank; 0 = the planner's choice."""
+    colocated: bool = False
+    """Rollout workers and learner take turns with the same memory: whoever does not work gives its own back. For
+    pipeline.max_staleness 0."""
     ready_timeout_s: float = Field(default=300.0, gt=0)
     """Longest wait for all processes to be placed and ready, seconds."""
 
@@ -154,6 +157,18 @@ class RunConfig(Config):
         for problem in _algorithm_problems(self):
             raise ValueError(problem)
         placement = self.placement
+        weights = self.pipeline.weights
+        is_apart = self.pipeline.max_staleness or weights.transport != "object_store" or weights.delta
+        if placement.colocated and is_apart:
+            raise ValueError(
+                f"placement.colocated must be false with pipeline.max_staleness {self.pipeline.max_staleness}, "
+                f"pipeline.weights.transport {weights.transport} and delta {weights.delta}: who gives memory back is "
+                "not there for a broadcast or for changes; set max_staleness 0, transport object_store, delta false"
+            )
+        if self.rollouts.engine == "vllm" and weights.delta:
+            raise ValueError(
+                "pipeline.weights.delta must be false with rollouts.engine vllm, which takes whole versions"
+            )
         if self.policy.dtype == "auto" and bool(placement.rollout_gpus) != bool(placement.learner_gpus):
             raise ValueError(
                 "policy.dtype must be named when only one of placement.rollout_gpus and placement.learner_gpus is set: "

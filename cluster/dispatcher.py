@@ -57,7 +57,7 @@ class Dispatcher:
         self._waiting = Queue()
         self._generated = Queue()
         self._calls = Calls()
-        self._heartbeats = Heartbeats(limits.heartbeat_s / 2)
+        self._heartbeats = Heartbeats(limits.heartbeat_s / 2, self.fleets[Role.ROLLOUT], self._calls)
         self._commands: list[Command] = []
         self._notes: list[str] = []
         self._counters: Counter[str] = Counter()
@@ -125,6 +125,16 @@ class Dispatcher:
                 self._load(member, weights, offer.seat(str(member.worker)), now)
         self._dispatch(now)
         return offer
+
+    @property
+    def is_resting(self) -> bool:
+        """Whether workers that were sent to rest have still to give their memory back."""
+        return self.distribution.is_resting or self._calls.num(Verb.SLEEP) > 0
+
+    def rest(self, now: float) -> None:
+        """Have every rollout worker give its memory back; each takes on the newest weights when there is work."""
+        self.distribution.rest()
+        self._dispatch(now)
 
     def admit(self, round_id: Any, groups: Mapping[str, Any], ledger: Ledger, now: float, *, rank: int = 0) -> None:
         """Take groups (id -> work) into a round, which begins with its first ones; see `Round.rank`."""
@@ -204,7 +214,7 @@ class Dispatcher:
         elif call.verb is Verb.STATS:
             self.stats[call.worker] = answer
         elif call.verb is Verb.PING:
-            self._watch(member)
+            self._heartbeats.watch(member)
         if group is None:
             return
         member.num_groups -= 1
@@ -220,7 +230,7 @@ class Dispatcher:
         call, group = pending.call, pending.group
         member = self.fleets[call.worker.role].member(call.worker)
         assert member is not None, f"{call.worker} has calls in flight"
-        if failure.kind is FailureKind.DIED or call.verb in (Verb.READY, Verb.PING):
+        if failure.kind is FailureKind.DIED or call.verb in (Verb.READY, Verb.PING, Verb.SLEEP):
             if group is not None:
                 self._calls.add(pending)  # lost together with the worker's other calls
             self._lose(call.worker, failure.text, now)
@@ -323,13 +333,14 @@ class Dispatcher:
             self._lose_if_sick(member, member.load_failure, now)
         if self.distribution.target is not None and not self.distribution.lost:
             self._load_and_generate(self.distribution.target, now)
+        for member in self.distribution.resters():
+            self._call(member.worker, Verb.SLEEP, None, now)
         rewards = self.fleets[Role.REWARD]
         while self._generated and (judge := rewards.pick(None)) is not None:
             group = self._generated.pop()
             self._send(judge, Verb.SCORE, group, group.rollouts, now)
-        members = self.fleets[Role.ROLLOUT].members
-        for slot in self._heartbeats.due(now, self._heard_at):
-            self._call(members[slot].worker, Verb.PING, None, now, timeout_s=self._limits.heartbeat_s)
+        for worker in self._heartbeats.due(now):
+            self._call(worker, Verb.PING, None, now, timeout_s=self._limits.heartbeat_s)
         self.usage.observe(self.distribution.target, is_held_back=self._is_held_back(), now=now)
 
     def _is_held_back(self) -> bool:
@@ -345,7 +356,8 @@ class Dispatcher:
 
     def _load_and_generate(self, target: Weights, now: float) -> None:
         rollouts = self.fleets[Role.ROLLOUT]
-        for member in self.distribution.loaders():
+        has_use = bool(self._waiting) or not self._limits.loads_late
+        for member in self.distribution.loaders() if has_use else ():
             self._load(member, target, self.distribution.publication, now)
         while self._waiting and not self._is_held_back() and (free := rollouts.pick(target)) is not None:
             self._generate(self._waiting.pop(), free, target, now)
@@ -367,7 +379,7 @@ class Dispatcher:
         if member.num_groups == 0:
             member.heard_at = now  # an idle worker owes no answer
         member.num_groups += 1
-        self._watch(member)
+        self._heartbeats.watch(member)
         self._call(member.worker, verb, payload, now, group=group)
 
     def _call(
@@ -386,14 +398,3 @@ class Dispatcher:
         deadline = now + (self._limits.timeout_s if timeout_s is None else timeout_s)
         self._calls.add(Pending(call=call, group=group, deadline=deadline))
         self._commands.append(call)
-
-    def _watch(self, member: Member) -> None:
-        """Expect signs of life of a rollout worker while it generates."""
-        if member.worker.role is Role.ROLLOUT and member.num_groups:
-            self._heartbeats.watch(member.worker.slot, member.heard_at)
-
-    def _heard_at(self, slot: int) -> float | None:
-        """Return when a rollout worker was heard of; None where it does not generate, or is being asked."""
-        member = self.fleets[Role.ROLLOUT].members[slot]
-        is_asked = self._calls.owes(member.worker, Verb.PING)
-        return member.heard_at if member.num_groups and not is_asked else None

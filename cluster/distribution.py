@@ -28,6 +28,7 @@ class Distribution:
         self.publication: Any = None
         """What workers are given to load the target; None while it is offered."""
         self._base: Weights | None = None
+        self._rests = False
         self._fleet = fleet
 
     def publish(self, weights: Weights, publication: Any, *, base: Weights | None) -> None:
@@ -55,7 +56,24 @@ class Distribution:
 
     def loaders(self) -> list[Member]:
         """Return the workers that are to fetch the publication now."""
+        self._rests = False
         return self._followers(self.target) if self.target is not None and self.publication is not None else []
+
+    def rest(self) -> None:
+        """Take the weights from all workers, until there is work for them: see `resters`."""
+        self._rests = True
+
+    def resters(self) -> list[Member]:
+        """Return the workers that are to forget their weights now; one that takes some on does so afterwards."""
+        members = [member for member in self._fleet.members if self._rests and self._can_rest(member)]
+        for member in members:
+            member.weights = None
+        return members
+
+    @property
+    def is_resting(self) -> bool:
+        """Whether workers that are to rest still take on weights."""
+        return self._rests and any(member.loading is not None for member in self._fleet.members)
 
     def loaded(self, member: Member) -> None:
         """Note that a worker has taken on what it was loading."""
@@ -81,6 +99,9 @@ class Distribution:
         if failed and not any(member.loading == self.target for member in members):
             self.lost = f"{failed[0].worker}: {failed[0].load_failure}"
         return []
+
+    def _can_rest(self, member: Member) -> bool:
+        return member.state is MemberState.UP and member.loading is None and member.weights is not None
 
     def _followers(self, weights: Weights) -> list[Member]:
         return [member for member in self._fleet.outdated(weights) if self._can_follow(member)]

@@ -116,6 +116,10 @@ class LearnerGang:
         """
         self._write([rank.export_policy.remote(directory) for rank in self._ranks.actors], "exporting the policy")
 
+    def rest(self) -> None:
+        """Have the ranks give back what memory they can; the next call takes it again."""
+        self._call([rank.rest.remote() for rank in self._ranks.actors], "resting the learner")
+
     def close(self) -> None:
         """End the ranks."""
         self._ranks.close()

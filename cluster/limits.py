@@ -23,6 +23,8 @@ class Limits:
     """Failures of the machinery one group may meet."""
     max_quarantined: int
     """Groups a run may lose through their own fault."""
+    loads_late: bool = False
+    """Rollout workers take on weights when there is something to generate with them, not before."""
     max_buffer_bytes: float = math.inf
     """Rollouts that may wait for their batch, bytes, beside those of the first open step."""
 
@@ -35,6 +37,7 @@ def limits(config: RunConfig) -> Limits:
         heartbeat_s=pipeline.heartbeat_s,
         max_retries=pipeline.max_retries,
         max_quarantined=pipeline.max_quarantined,
+        loads_late=config.placement.colocated,
         max_buffer_bytes=pipeline.max_buffer_bytes,
     )
 

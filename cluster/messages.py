@@ -45,6 +45,7 @@ class Verb(StrEnum):
     SCORE = "score"
     PING = "ping"
     STATS = "stats"
+    SLEEP = "sleep"
 
 
 class FailureKind(StrEnum):

@@ -85,6 +85,10 @@ class Pipeline:
         offer: StreamOffer | None = self._ask(self._core.offer, weights, make, base)
         return offer
 
+    def rest(self) -> None:
+        """Have every rollout worker give its memory back until there is something to generate again."""
+        self._ask(self._core.rest).result()
+
     def settle(self, batch: Batch, *, dropped: str | None = None) -> dict[str, int]:
         """End a batch's groups, TRAINED or DROPPED for a reason; return the ledger's counts, which add up."""
         counts: dict[str, int] = self._ask(self._core.settle, batch, dropped)

@@ -8,7 +8,7 @@ import queue
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -17,11 +17,12 @@ from actors.prompts import DrawnPrompt
 from actors.streams import StreamOffer
 from cluster.config import RunConfig
 from cluster.dispatcher import DataError, Dispatcher
-from cluster.draws import Draw, Draws, Place, Prompts
+from cluster.draws import Draws, Place, Prompts
 from cluster.groups import Batch, held_out_work, training_work
 from cluster.ledger import GroupState, Ledger, LedgerJournal
 from cluster.limits import fleets, limits
 from cluster.messages import Kill, Start, Weights, Workers
+from cluster.open_round import OpenRound
 from cluster.rounds import Round
 from cluster.waves import NO_CONTRAST, Waves
 
@@ -41,26 +42,6 @@ class WeightsWantedError(RuntimeError):
 
 class WeightsLostError(RuntimeError):
     """No worker can fetch the newest weights any more; publish them again."""
-
-
-@dataclass(slots=True, kw_only=True)
-class _Open:
-    """A round somebody wants."""
-
-    step: int
-    num_wanted: int
-    """Finished groups it needs, more with each wave; 0 = whatever it was given."""
-    waves: Waves | None = None
-    """None = each finished group has a place in the batch."""
-    drawn: dict[str, Draw] = field(default_factory=dict)
-    """Groups in the order of their prompts; empty for a round that was given its groups."""
-    waiter: "Future[Batch] | None" = None
-
-    def num_missing(self, round_: Round) -> int:
-        """Return how many prompts to draw now: in place of groups that failed, or for another wave of groups."""
-        if self.waves is not None and len(round_.finished) == self.num_wanted:
-            self.num_wanted += self.waves.next_wave({name: answer[1] for name, answer in round_.finished.items()})
-        return self.num_wanted - len(round_.finished) - round_.num_open
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,8 +87,9 @@ class PipelineCore:
         self._clock = clock
         self._dispatcher = Dispatcher(fleets=fleets(config), limits=limits(config), ledger=ledger)
         self._inbox: queue.SimpleQueue[_Request | _Answer] = queue.SimpleQueue()
-        self._rounds: dict[Any, _Open] = {}
+        self._rounds: dict[Any, OpenRound] = {}
         self._ready: Future[None] = Future()
+        self._rested: Future[None] = Future()
         self._flushed_at = clock()
         self._has_news = False
         self._is_drawing = False  # more prompts are to be drawn at once
@@ -160,7 +142,7 @@ class PipelineCore:
         """Return a future for the judged answers to held-out prompts; see `batch`."""
         name = ("evaluation", version)
         if name not in self._rounds:
-            self._rounds[name] = _Open(step=0, num_wanted=0)
+            self._rounds[name] = OpenRound(step=0, num_wanted=0)
             works = [held_out_work(self._config, prompt) for prompt in prompts]
             self._dispatcher.admit(name, {work.group_id: work for work in works}, Ledger(), self._clock())
         return self._when_done(name)
@@ -174,6 +156,12 @@ class PipelineCore:
     ) -> StreamOffer | None:
         """Make weights that are about to be broadcast the newest; see `Dispatcher.offer`."""
         return self._dispatcher.offer(weights, make, self._clock(), base=base)
+
+    def rest(self) -> "Future[None]":
+        """Return a future for every rollout worker having given its memory back; see `Dispatcher.rest`."""
+        self._rested = Future()
+        self._dispatcher.rest(self._clock())
+        return self._rested
 
     def replay(self, batch: Batch) -> None:
         """Account for a batch that was read from the redo log, as if it had been generated now."""
@@ -257,6 +245,7 @@ class PipelineCore:
     def fail(self, error: BaseException) -> None:
         """Let nobody wait for ever: everything that is asked or waited for fails."""
         _fail(self._ready, error)
+        _fail(self._rested, error)
         for open_round in self._rounds.values():
             _fail(open_round.waiter, error)
         for item in self._arrived(0.0):
@@ -311,7 +300,7 @@ class PipelineCore:
     def _open_round(self, step: int) -> None:
         num_places, sampling = self._config.rollouts.prompts_per_step, self._config.algorithm.dynamic_sampling
         waves = None if sampling is None else Waves(config=sampling, num_places=num_places)
-        self._rounds[step] = _Open(step=step, num_wanted=num_places, waves=waves)
+        self._rounds[step] = OpenRound(step=step, num_wanted=num_places, waves=waves)
         self._dispatcher.admit(step, {}, self._ledger, self._clock(), rank=step)
 
     def _draw(self, step: int, count: int) -> None:
@@ -333,8 +322,11 @@ class PipelineCore:
     def _settle_rounds(self) -> None:
         if self._dispatcher.error is not None:
             _fail(self._ready, self._dispatcher.error)
+            _fail(self._rested, self._dispatcher.error)
         elif self._dispatcher.is_ready and not self._ready.done():
             self._ready.set_result(None)
+        if not (self._dispatcher.is_resting or self._rested.done()):
+            self._rested.set_result(None)
         room = _DRAWN_AT_ONCE
         for name, open_round in list(self._rounds.items()):
             round_ = self._dispatcher.round(name)
@@ -350,7 +342,7 @@ class PipelineCore:
                 self._settle_round(name, open_round, round_)
         self._is_drawing = room == 0
 
-    def _settle_round(self, name: Any, open_round: _Open, round_: Round) -> None:
+    def _settle_round(self, name: Any, open_round: OpenRound, round_: Round) -> None:
         assert open_round.waiter is not None, "somebody waits for the round"
         self.on_progress("groups", len(round_.finished), len(round_.finished) + round_.num_open)
         error = self._dispatcher.error
@@ -368,7 +360,7 @@ class PipelineCore:
             del self._rounds[name]  # after the batch is made: until then `fail` finds the waiter here
             open_round.waiter.set_result(batch)
 
-    def _batch(self, open_round: _Open, round_: Round) -> Batch:
+    def _batch(self, open_round: OpenRound, round_: Round) -> Batch:
         position = self._draws.position(self._places(after=open_round.step))
         after = {"prompts": position, "leases": round_.leases, "quarantined": round_.quarantined}
         identities = sorted(round_.finished)

@@ -44,6 +44,15 @@ def local_environment() -> dict[str, str]:
     return ENVIRONMENT if glob.glob("/dev/nvidia[0-9]*") else CPU_ENVIRONMENT
 
 
+VLLM_ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine is in the worker's own process, where weights reach it
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # threads are the planner's business
+    "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1"),  # GiB
+    "VLLM_NO_USAGE_STATS": "1",
+}
+"""Of rollout workers whose engine is vLLM."""
+
+
 class PlacementError(RuntimeError):
     """The cluster cannot hold the run's processes; the message names what is wanted and what there is."""
 
@@ -57,6 +66,8 @@ class Processes:
     cpus: float
     gpus: float
     threads: int
+    engine: str = ""
+    """What rollout workers generate with."""
 
     @property
     def device(self) -> str:
@@ -68,7 +79,8 @@ class Processes:
         """Return the environment variables of these processes; the driver's planned faults are theirs too."""
         planned = {name: os.environ[name] for name in faults.VARIABLES if name in os.environ}
         on_cpu = LEARNER_ENVIRONMENT if self.role == "learner" else CPU_ENVIRONMENT
-        return (ENVIRONMENT if self.gpus else on_cpu) | planned
+        of_engine = VLLM_ENVIRONMENT if self.engine == "vllm" else {}
+        return (ENVIRONMENT if self.gpus else on_cpu) | of_engine | planned
 
     def options(self) -> dict[str, Any]:
         """Return Ray actor options."""
@@ -121,7 +133,12 @@ def plan_placement(config: RunConfig, *, cores: int | None = None, node_cores: i
     return Placement(
         cores=cores,
         rollout=Processes(
-            role="rollout", count=rollout_count, cpus=cpus, gpus=placement.rollout_gpus, threads=rollout_threads
+            role="rollout",
+            count=rollout_count,
+            cpus=cpus,
+            gpus=placement.rollout_gpus,
+            threads=rollout_threads,
+            engine=config.rollouts.engine,
         ),
         reward=Processes(
             role="reward", count=reward_count, cpus=cpus, gpus=placement.reward_gpus, threads=reward_threads

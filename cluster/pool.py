@@ -148,6 +148,8 @@ class RayWorkers:
                 return [actor.handle.ping.remote()]
             case Verb.STATS:
                 return [actor.handle.stats.remote()]
+            case Verb.SLEEP:
+                return [actor.handle.sleep.remote()]
             case Verb.LOAD:
                 return [actor.handle.update_weights.remote(call.payload)]
             case Verb.SCORE:

@@ -79,6 +79,9 @@ class Gang(Protocol):
     def export(self, directory: str) -> None:
         """Write the policy; OSError when it could not be."""
 
+    def rest(self) -> None:
+        """Have the ranks give back what memory they can."""
+
     def close(self) -> None:
         """End all ranks, without waiting for any."""
 
@@ -219,6 +222,10 @@ class RecoveringLearner:
     def export(self, directory: str) -> None:
         """Write the policy as a directory that `from_pretrained` loads; OSError when the disk does not take it."""
         self._ask(lambda gang: gang.export(directory))
+
+    def rest(self) -> None:
+        """Have the ranks give back what memory they can; the next call takes it again."""
+        self._ask(lambda gang: gang.rest())
 
     def begin_checkpoint(self, files: Mapping[str, str]) -> None:
         """Copy the state at the end of the last step; the ranks write it while the loop goes on.

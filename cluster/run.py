@@ -94,6 +94,7 @@ class Run(Session):
 
     def learn(self, batch: Batch) -> StepResult:
         """Train on a batch; the checkpoint that the ranks have been writing meanwhile is completed before."""
+        self.give_turn("learner")
         self._finish_checkpoint()
         return self.learner.step(batch)
 
@@ -189,9 +190,11 @@ class Run(Session):
     def _asking(self, ask: Callable[[], Answer], *, version: int) -> Answer:
         """Ask the pipeline; weights that were lost with the rank that held them are published again."""
         if self._published is None or self.learner.incarnation != self._published.incarnation:
+            self.give_turn("learner")
             self.publish(version)  # ranks that were started again may differ in a last bit, and hold what was published
         num_lost = 0
         while True:
+            self.give_turn("rollouts")
             try:
                 return ask()
             except WeightsWantedError:  # a worker that was started again catches up alone
@@ -202,6 +205,7 @@ class Run(Session):
                     raise
                 self._num_lost_publications += 1
                 self.display.say(f"version {version} of the weights is published again: {error}")
+                self.give_turn("learner")
                 self.learner.check()
                 self._publish_to_store(version)
 
@@ -243,11 +247,13 @@ class Run(Session):
         }
 
     def _begin_checkpoint(self) -> None:
+        self.give_turn("learner")
         assert self.learner.step_done == self.step, "the step that the ranks are at must be recorded before it is saved"
         state = {"step": self.step, "model_dir": self._model_dir, "pipeline": self._state}
         self.learner.begin_checkpoint({STATE_FILE: json.dumps(state)})
 
     def _complete_checkpoint(self) -> None:
+        self.give_turn("learner")  # ranks that died while they wrote learn again now
         step = self.learner.finish_checkpoint()
         if step is not None:
             self._saved = step

@@ -1,5 +1,6 @@
 """The processes of a run at its newest checkpoint: what training and evaluation alone have in common."""
 
+import importlib.util
 import json
 import os
 import time
@@ -7,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import count
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import ray
@@ -51,6 +52,7 @@ class Session:
     held_out: list[DrawnPrompt]
     _model_dir: str
     _published: Weights | None = None
+    _turn: str = ""
     _stream_members: tuple[str | int, ...] = ()
     _stream_epoch: int = 0
     _sources: list[PromptSource]
@@ -90,6 +92,12 @@ class Session:
         if self.config.pipeline.weights.transport == "object_store" or not self._stream(version, base):
             self._publish_to_store(version, base)
         self.publish_s = time.perf_counter() - started
+
+    def give_turn(self, to: Literal["rollouts", "learner"]) -> None:
+        """Where both share their memory, have the others give theirs back; elsewhere do nothing."""
+        if self.config.placement.colocated and self._turn != to:
+            (self.pipeline.rest if to == "learner" else self.learner.rest)()
+            self._turn = to
 
     def _publish_to_store(self, version: int, base: int | None = None) -> None:
         publication = self.learner.publish(version, base=base)
@@ -145,6 +153,7 @@ class Session:
     def _open(self) -> None:
         """Start everything; `Run` claims its directory before and opens its records after."""
         config = self.config
+        self._check_engine()
         if not ray.is_initialized():
             self._exit.callback(ray.shutdown)
         with self.display.phase("joining Ray"):
@@ -163,6 +172,15 @@ class Session:
         if checkpoint is not None:
             self._restore(*checkpoint)
         self.publish(self.step)
+
+    def _check_engine(self) -> None:
+        if self.config.rollouts.engine == "vllm":
+            if importlib.util.find_spec("vllm") is None:
+                raise ConfigError(
+                    "rollouts.engine must be one that is installed, got vllm, which is not; install Concord's extra "
+                    "`vllm`, or use torch"
+                )
+            self.display.say("vLLM draws its own random numbers: what is generated again has other bits")
 
     def _begin_without_checkpoint(self) -> None:
         """Decide what to do where every checkpoint is damaged."""

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from actors.config import PolicyConfig
 from actors.faults import fault
-from actors.memory import resident_bytes
+from actors.memory import give_back, resident_bytes
 from actors.policy import load_model, resolve_dtype
 from actors.streams import StreamOffer
 from actors.weights import Publication, WeightTransport
@@ -200,6 +200,11 @@ class LearnerRank:
     def ping(self) -> int:
         """Return the number of optimizer updates so far."""
         return self._networks.policy.num_updates
+
+    def rest(self) -> None:
+        """Give back what memory is not needed until the next step."""
+        fault("learner.rest", self._rank)
+        give_back()
 
     def close(self) -> None:
         """Free the engines."""

@@ -195,13 +195,19 @@ def standing_in(place: Place) -> Iterator[None]:
         def __call__(self) -> SimulatedGang:
             return SimulatedGang(world, truth, place.disk, timeout_s=timeout_s)
 
+    def workers(specs: Any, **options: Any) -> SimulatedWorkers:
+        started = SimulatedWorkers(world, truth, timeout_s=timeout_s)
+        if place.config.placement.colocated:
+            truth.on_learning = started.check_asleep
+        return started
+
     stand_ins = {
         "ray": Nobody(),
         "RunStorage": partial(RunStorage, disk=place.disk),
         "join_cluster": lambda config: (2.0, 2.0),
         "plan_placement": Nobody,
         "prepare_policy": lambda config, **options: "model",
-        "RayWorkers": lambda specs, **options: SimulatedWorkers(world, truth, timeout_s=timeout_s),
+        "RayWorkers": workers,
         "PipelineCore": partial(PipelineCore, clock=lambda: world.now),
         "Pipeline": lambda core: SimulatedPipeline(core, world),
         "LearnerStarter": Starter,

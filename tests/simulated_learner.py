@@ -107,6 +107,7 @@ class SimulatedGang:
 
     def step(self, plan: Plan, tables: Sequence[pa.Table]) -> dict[str, float] | Skipped:
         """Train on a batch; the ranks may die before it is applied, or after."""
+        self._truth.on_learning()
         self._work(f"step {plan.step}", 3.0, deadly="rank_death_before_step", hanging="rank_hang")
         before, answer = self._hash, None
         by_chance = not self._world.is_exact and self._world.strikes("loss_not_finite_by_chance")
@@ -165,6 +166,10 @@ class SimulatedGang:
         self._hash = shares[0]["hash"]
         self._trained = tuple(Trained(**group) for group in shares[0]["trained"])
         self._world.tell(f"loaded {directory}: weights {self._hash}, {len(self._trained)} groups")
+
+    def rest(self) -> None:
+        """Give memory back."""
+        self._work("resting", 0.1, deadly="rank_death_in_publish")
 
     def export(self, directory: str) -> None:
         """The last word of a run: what is in the weights."""

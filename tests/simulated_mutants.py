@@ -140,6 +140,13 @@ def replay_without_dropped() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def turn_taken_before_it_is_given() -> Iterator[None]:
+    """Rollout workers are asked to give their memory back, and the learner does not wait until all have done so."""
+    with patch.object(Dispatcher, "is_resting", False):
+        yield
+
+
 MUTANTS = {
     "late reply accepted": late_reply_accepted,
     "fencing off": fencing_off,
@@ -149,4 +156,5 @@ MUTANTS = {
     "group dropped when it arrives": judged_at_arrival,
     "places filled by arrival": places_by_arrival,
     "dropped groups forgotten by a replay": replay_without_dropped,
+    "turn taken before it is given": turn_taken_before_it_is_given,
 }

@@ -153,7 +153,7 @@ def _config(world: World, directory: str) -> RunConfig:
             "heartbeat_s": choice.choice([5.0, 40.0]),
             "max_staleness": data.max_staleness,
         },
-        "placement": {"ready_timeout_s": 20.0},
+        "placement": {"ready_timeout_s": 20.0, "colocated": not data.max_staleness and choice.random() < 0.4},
     }
     return validate(RunConfig, raw, where="simulation")
 

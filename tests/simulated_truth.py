@@ -1,5 +1,6 @@
 """What really happened in a simulated world, written down where it happens and not where it is accounted for."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from actors.rollout_worker import Lease
@@ -59,6 +60,8 @@ class Truth:
         self.last_transition: dict[str, Transition] = {}
         """Of each group, as the journal was told."""
         self.living_gangs: set[int] = set()
+        self.on_learning: Callable[[], None] = lambda: None
+        """Called when the learner makes a step."""
         self._lineages: dict[str, str] = {}
         self._num_gangs = 0
         self._published: dict[Weights, str] = {}

@@ -90,6 +90,12 @@ class SimulatedWorkers:
         attempt = _Attempt(call=call, process=process, holds=process.holds, lease=_order(call))
         world.later(seconds, lambda: self._finish(attempt, reply))
 
+    def check_asleep(self) -> None:
+        """Accuse whoever holds weights, as the learner works with the same memory."""
+        awake = [worker for worker, process in self._processes.items() if process.is_alive and process.holds]
+        if awake:
+            self._truth.accusations.append(f"the learner works while {awake} hold weights")
+
     def close(self) -> None:
         """End all processes."""
         for process in self._processes.values():
@@ -118,6 +124,8 @@ class SimulatedWorkers:
             if held.gang not in self._truth.living_gangs or self._world.strikes("fetch_failure"):
                 return Failure(kind=FailureKind.INFRA, text="the weights could not be fetched (simulated)")
             attempt.process.holds = held
+        if call.verb is Verb.SLEEP:
+            attempt.process.holds = None
         if call.verb is Verb.READY and self._world.strikes("start_error"):
             return Failure(kind=FailureKind.DATA, text="the constructor raised (simulated)")
         if call.verb is Verb.STATS:
@@ -175,5 +183,6 @@ _DURATIONS = {
     Verb.SCORE: (0.2, 2.0),
     Verb.PING: (0.0, 0.1),
     Verb.STATS: (0.0, 0.1),
+    Verb.SLEEP: (0.0, 0.5),
 }
 """Seconds of an undisturbed call."""

@@ -6,6 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, GptOssConfig
 
 from actors.engine import EngineError
+from actors.packed_linear import PackedLinear
 from actors.torch_engine import TorchEngine
 from actors.weights import WeightError
 from tests.engine_toys import (
@@ -151,8 +152,30 @@ def test_memory_grows_for_a_longer_request_and_sleep_releases_it():
     engine.submit([short])
     with pytest.raises(EngineError, match="awake"):
         engine.step()
-    engine.wake()
+    update(engine, 1, weights("llama", 0))
     assert_same_bits(run(engine)["a", 0], alone["a", 0])
+
+
+@pytest.mark.parametrize("pack_weights", [False, True])
+def test_a_sleeping_engine_has_no_weights_and_an_update_brings_them_back(pack_weights):
+    engine = make_engine(pack_weights=pack_weights)
+    before = serve(engine, request("a", PROMPTS["a"], 2))
+    engine.sleep()
+    model = engine._model
+    assert not any(parameter.numel() for parameter in model.parameters())
+    assert not any(layer.packed for layer in model.modules() if isinstance(layer, PackedLinear))
+    named = weights("llama", 0)
+    engine.begin_update(1, "drain")
+    engine.load(named[:-1])
+    with pytest.raises(WeightError, match="missing"):
+        engine.end_update()
+    engine.submit([request("a", PROMPTS["a"], 2)])
+    with pytest.raises(EngineError, match="awake"):
+        engine.step()
+    update(engine, 1, named)
+    after = run(engine)
+    for key, completion in before.items():
+        assert_same_bits(after[key], completion)
 
 
 def test_abort_frees_rows_and_leaves_the_others_alone():

@@ -12,6 +12,7 @@ import time
 import psutil
 import pyarrow.parquet as pq
 import pytest
+import ray
 import torch
 
 from actors.schema import check
@@ -129,6 +130,35 @@ def test_ahead_of_the_learner_nothing_is_lost_and_a_replay_gives_the_same_weight
     again = replayed(directory, config, straight.parent / "again")
     weights = weights_of(directory)
     assert all(torch.equal(tensor, weights[name]) for name, tensor in weights_of(again).items())
+
+
+def test_turns_with_the_same_memory_change_no_bit(straight, ray_cluster, data):
+    directory = straight.parent / "turns"
+    held = {"generated": [], "learning": []}
+    with Run(_config(directory, data, placement={"colocated": True})) as run:
+        take, learn = run.take_batch, run.learner.step
+
+        def take_batch(step):
+            batch = take(step)
+            held["generated"] += _kv_bytes()
+            return batch
+
+        def step_on(batch):
+            held["learning"] += _kv_bytes()
+            return learn(batch)
+
+        run.take_batch, run.learner.step = take_batch, step_on
+        train(run)
+    assert len(held["learning"]) == len(held["generated"]) == NUM_STEPS
+    assert all(held["generated"])
+    assert not any(held["learning"]), "rollout workers had given theirs back"
+    assert are_equal(directory, straight)
+
+
+def _kv_bytes():
+    """Return the bytes of keys and values that each rollout worker holds."""
+    names = [name for name in ray.util.list_named_actors() if "/rollout" in name]
+    return [stats["kv_bytes"] for stats in ray.get([ray.get_actor(name).stats.remote() for name in names])]
 
 
 @pytest.mark.slow

@@ -2,7 +2,9 @@
 
 import pytest
 
-from cluster.calls import Heartbeats
+from cluster.calls import Calls, Heartbeats
+from cluster.fleet import Fleet, FleetConfig
+from cluster.messages import Role
 from cluster.usage import Activity, Usage
 
 
@@ -31,13 +33,16 @@ def test_idle_time_goes_to_the_reason_of_its_moment():
 
 
 def test_heartbeats_look_again_when_a_worker_was_heard_of():
-    heard = {0: 0.0, 1: 0.0, 2: None}
-    heartbeats = Heartbeats(5.0)
-    for slot in heard:
-        heartbeats.watch(slot, 0.0)
-    heard[0] = 3.0
-    assert heartbeats.due(4.9, heard.get) == []
-    assert heartbeats.due(5.0, heard.get) == [1], "2 does nothing"
+    config = FleetConfig(count=3, capacity=2, ready_timeout_s=30.0, max_restarts=1)
+    fleet = Fleet(Role.ROLLOUT, config)
+    heartbeats = Heartbeats(5.0, fleet, Calls())
+    for member in fleet.members:
+        member.num_groups = 1
+        heartbeats.watch(member)
+    fleet.members[0].heard_at = 3.0
+    fleet.members[2].num_groups = 0
+    assert heartbeats.due(4.9) == []
+    assert heartbeats.due(5.0) == [fleet.members[1].worker], "2 does nothing"
     assert heartbeats.next() == 8.0
-    assert heartbeats.due(8.0, heard.get) == [0]
+    assert heartbeats.due(8.0) == [fleet.members[0].worker]
     assert heartbeats.next() is None, "who is asked is not watched"

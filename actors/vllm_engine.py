@@ -1,0 +1,304 @@
+"""vLLM behind the engine protocol: paged memory and tensor parallelism, for an environment that has it.
+
+vLLM's requests are single samples here; samples of a group share their prompt's keys and values through vLLM's prefix
+cache.  Cached prompts are salted with the policy version, so none outlives the weights that made it.  Draws are vLLM's
+own: a sample is not the same in other company, so what was lost is not generated again bit for bit.
+
+Outside vLLM's own environment nothing here can be imported.  Written against vLLM 0.32, in one process.
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+from vllm import EngineArgs, TokensPrompt
+from vllm import SamplingParams as VLLMSamplingParams
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.llm_engine import LLMEngine
+
+from actors.buckets import Load, Part, WeightError
+from actors.engine import (
+    Capability,
+    Completion,
+    EngineError,
+    EngineStats,
+    FinishReason,
+    Request,
+    UpdateMode,
+    check_request,
+)
+from actors.weights import InPlaceWeights
+
+_BLOCK_TOKENS = 32
+"""Of the paged cache; only whole blocks of a prompt are shared."""
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Sample:
+    """One sample on its way."""
+
+    request: Request
+    index: int
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """What vLLM calls it."""
+        return f"{self.request.request_id}#{self.index}"
+
+
+class VLLMEngine:
+    """Implements `actors.engine.Engine`.
+
+    Args:
+        model_dir: local directory with config and weights.
+        tokenizer: decodes responses.
+        dtype: of weights and forward passes.
+        max_rows: samples decoded together.
+        eos_ids: tokens that end a response.
+        max_len: longest prompt with response, tokens; None = what the model's positions allow.
+        trust_remote_code: run code that comes with the model.
+    """
+
+    def __init__(
+        self,
+        model_dir: str,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        dtype: torch.dtype,
+        max_rows: int,
+        eos_ids: frozenset[int],
+        max_len: int | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        config = AutoConfig.from_pretrained(model_dir, trust_remote_code=trust_remote_code)
+        positions = getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31 - 1
+        self._max_len = min(positions, max_len or positions)
+        self._max_rows = max_rows
+        self._tokenizer = tokenizer
+        self._eos_ids = eos_ids
+        is_on_gpu = torch.cuda.is_available()
+        arguments = EngineArgs(
+            model=model_dir,
+            skip_tokenizer_init=False,
+            dtype=str(dtype).removeprefix("torch."),
+            enforce_eager=not is_on_gpu,
+            max_model_len=self._max_len,
+            max_num_seqs=max_rows,
+            block_size=_BLOCK_TOKENS,
+            logprobs_mode="processed_logprobs",  # after the temperature
+            generation_config="vllm",  # not the model's own sampling defaults
+            async_scheduling=False,  # a step's tokens are of the weights that are there when it is taken
+            trust_remote_code=trust_remote_code,
+        )
+        self._engine = LLMEngine.from_engine_args(arguments)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        self._shapes = InPlaceWeights(model).shapes()
+        self._staged: dict[str, Tensor] = {}
+        self._missing: dict[str, int] = {}
+        self._version = -1
+        self._next: tuple[int, UpdateMode] | None = None
+        self._waiting: deque[_Sample] = deque()
+        self._live: dict[str, _Sample] = {}
+        self._open: dict[str, int] = {}  # request -> samples not finished
+        self._stats = EngineStats()
+
+    @property
+    def capabilities(self) -> frozenset[Capability]:
+        """What this engine promises."""
+        return frozenset({"in_flight_update"})
+
+    @property
+    def version(self) -> int:
+        """The policy version that the next token is sampled with; -1 before the first update."""
+        return self._version
+
+    @property
+    def is_updating(self) -> bool:
+        """Whether an update has begun and not ended."""
+        return self._next is not None
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` would do something."""
+        return bool(self._live or self._waiting)
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Queue requests; all of them or, when one is refused, none."""
+        known = set(self._open)
+        for request in requests:
+            check_request(request, in_flight=known, max_len=self._max_len)
+            known.add(request.request_id)
+        for request in requests:
+            self._open[request.request_id] = request.num_samples
+            self._waiting.extend(_Sample(request=request, index=index) for index in range(request.num_samples))
+
+    def step(self) -> list[Completion]:
+        """Give vLLM as many samples as it has rows for, decode once, return the samples that finished."""
+        if self._next is not None:
+            raise EngineError("the engine must be between updates to step; call end_update() first")
+        while self._waiting and len(self._live) < self._max_rows:
+            self._start(self._waiting.popleft())
+        start = time.perf_counter()
+        outputs = self._engine.step()
+        self._stats.decode_s += time.perf_counter() - start
+        self._stats.num_decode_steps += 1
+        return [completion for output in outputs for completion in self._taken(output)]
+
+    def abort(self, request_ids: Iterable[str]) -> None:
+        """Forget requests and free their rows; unknown ids are ignored."""
+        unwanted = set(request_ids)
+        live = [name for name, sample in self._live.items() if sample.request.request_id in unwanted]
+        self._engine.abort_request(live, internal=False)
+        for name in live:
+            del self._live[name]
+        self._waiting = deque(sample for sample in self._waiting if sample.request.request_id not in unwanted)
+        self._open = {name: count for name, count in self._open.items() if name not in unwanted}
+
+    def begin_update(self, version: int, mode: UpdateMode) -> None:
+        """Start replacing the weights; a second call starts over.
+
+        Raises:
+            EngineError: if `mode` is drain and a request is live.
+        """
+        if mode == "drain" and self._live:
+            raise EngineError(f"no request must be live in a drain update, got {len(self._live)} rows; step until idle")
+        self._next = (version, mode)
+        self._staged = {}
+        self._missing = dict.fromkeys(self._shapes, 0)
+
+    def load(self, tensors: Iterable[tuple[str, Load]]) -> None:
+        """Take named tensors, or the next parts of some; vLLM gets them when all are there."""
+        for name, load in tensors:
+            if name not in self._missing:
+                raise WeightError(f"tensor {name!r} must be one of the model's and come once; publish canonical names")
+            shape, dtype = self._shapes[name]
+            if name not in self._staged:
+                self._staged[name] = torch.empty(shape, dtype=getattr(torch, dtype))
+            flat = self._staged[name].view(-1)
+            if isinstance(load, Part):
+                start, values = load.start, load.values
+            elif isinstance(load, Tensor):
+                start, values = 0, load.reshape(-1)
+            else:
+                raise WeightError("vLLM takes complete versions; set pipeline.weights.delta to false")
+            if start != self._missing[name] or start + values.numel() > flat.numel():
+                raise WeightError(
+                    f"the next part of tensor {name!r} must start at element {self._missing[name]} of {flat.numel()}, "
+                    f"got {values.numel()} from {start} on; begin the update again"
+                )
+            flat[start : start + values.numel()] = values
+            self._missing[name] = start + values.numel()
+            if self._missing[name] == flat.numel():
+                del self._missing[name]
+
+    def end_update(self) -> None:
+        """Hand all weights to vLLM, take the new version."""
+        if self._next is None:
+            raise EngineError("an update must have begun before it ends; call begin_update() first")
+        if self._missing:
+            raise WeightError(
+                f"an update must bring every tensor, missing {sorted(self._missing)[:3]}; publish it again"
+            )
+        start = time.perf_counter()
+        self._engine.collective_rpc(_reload, args=(self._drain(),))
+        (self._version, mode), self._next = self._next, None
+        self._engine.reset_prefix_cache(reset_running_requests=mode == "reprefill")
+        self._stats.load_s += time.perf_counter() - start
+
+    def weight_shapes(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Return what `load` expects: canonical name -> (shape, dtype name), tied tensors once."""
+        return dict(self._shapes)
+
+    def sleep(self) -> None:
+        """Give the memory of weights and KV back, on a GPU; no request may be live."""
+        if self._live:
+            raise EngineError(f"no request must be live when the engine sleeps, got {len(self._live)} rows; abort them")
+        self._engine.sleep(level=2)
+
+    def stats(self) -> EngineStats:
+        """Return a snapshot of the counters."""
+        return replace(self._stats, num_live_rows=len(self._live), num_waiting_requests=len(self._waiting))
+
+    def _start(self, sample: _Sample) -> None:
+        request, sampling = sample.request, sample.request.sampling
+        length = request.forced_lengths[sample.index] if request.forced_lengths else sampling.max_new_tokens
+        is_free = not request.forced_lengths
+        parameters = VLLMSamplingParams(
+            temperature=sampling.temperature,
+            top_k=sampling.top_k or -1,
+            top_p=sampling.top_p,
+            seed=(request.seed + sample.index) % 2**63,
+            max_tokens=length,
+            ignore_eos=True,
+            stop_token_ids=sorted(self._eos_ids) if is_free else None,
+            stop=list(sampling.stop) if is_free else None,
+            logprobs=0,
+            detokenize=is_free and bool(sampling.stop),
+            output_kind=RequestOutputKind.DELTA,
+        )
+        prompt = TokensPrompt(prompt_token_ids=list(request.prompt_ids), cache_salt=f"version {self._version}")
+        self._engine.add_request(sample.name, prompt, parameters)
+        self._live[sample.name] = sample
+        self._stats.num_prefill_tokens += len(request.prompt_ids)
+
+    def _taken(self, output: Any) -> Iterator[Completion]:
+        """Append what a step has drawn for a sample; yield its completion where it ended."""
+        sample = self._live.get(output.request_id)
+        if sample is None:  # aborted
+            return
+        (drawn,) = output.outputs
+        for token, logprobs in zip(drawn.token_ids, drawn.logprobs or (), strict=True):
+            sample.tokens.append(token)
+            sample.logprobs.append(logprobs[token].logprob)
+            sample.versions.append(self._version)
+        self._stats.num_decode_tokens += len(drawn.token_ids)
+        if output.finished:
+            yield self._completed(sample, drawn.finish_reason)
+
+    def _completed(self, sample: _Sample, reason: str) -> Completion:
+        identity = sample.request.request_id
+        del self._live[sample.name]
+        self._open[identity] -= 1
+        if not self._open[identity]:
+            del self._open[identity]
+        self._stats.num_completions += 1
+        finish: FinishReason = "length"
+        if reason == "stop":
+            finish = "eos" if sample.tokens[-1] in self._eos_ids else "stop"
+        if not np.isfinite(sample.logprobs).all():
+            raise EngineError(f"log-probs must be finite ({identity!r}, version {self._version}); the policy diverged")
+        text = self._tokenizer.decode(sample.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return Completion(
+            request_id=identity,
+            sample_index=sample.index,
+            response_ids=np.array(sample.tokens, dtype=np.int32),
+            response_text=str(text),
+            logprobs=np.array(sample.logprobs, dtype=np.float32),
+            policy_versions=np.array(sample.versions, dtype=np.int32),
+            finish_reason=finish,
+        )
+
+    def _drain(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield what is staged, and forget each tensor when the next one is asked for."""
+        while self._staged:
+            yield self._staged.popitem()
+
+
+def _reload(worker: Any, tensors: Iterator[tuple[str, Tensor]]) -> None:
+    """In vLLM's worker: its own layers, which are packed and fused, take a checkpoint's tensors."""
+    worker.model_runner.reload_weights(weights_iterator=tensors, is_checkpoint_format=True)
+    for layer in worker.model_runner.get_model().modules():
+        if isinstance(layer, VocabParallelEmbedding):
+            # On a CPU a head that shares its weight with the embedding would keep the packed copy of the old one.
+            layer.quant_method.process_weights_after_loading(layer)
