@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from unittest.mock import patch
 
-from cluster.pipeline_core import _Open
+from cluster.open_round import OpenRound
 from cluster.rounds import Round
 from cluster.waves import Waves, has_contrast
 
@@ -57,7 +57,7 @@ def expected_step(
 def judged_at_arrival() -> Iterator[None]:
     """A wave is not waited for: what has come by now and is alike loses its place, and the next wave begins."""
 
-    def num_missing(self: _Open, round_: Round) -> int:
+    def num_missing(self: OpenRound, round_: Round) -> int:
         if self.waves is not None:
             waves, finished = self.waves, round_.finished
             new = [name for name in finished if name not in waves._differs]
@@ -68,7 +68,7 @@ def judged_at_arrival() -> Iterator[None]:
                 self.num_wanted += num_alike
         return self.num_wanted - len(round_.finished) - round_.num_open
 
-    with patch.object(_Open, "num_missing", num_missing):
+    with patch.object(OpenRound, "num_missing", num_missing):
         yield
 
 
