@@ -21,6 +21,7 @@ def ray_cluster():
     ray.shutdown()
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
 def pytest_collection_modifyitems(items):
     """Give one process all tests that need real actors, first, and the other whole files: both work to the end."""
     items.sort(key=lambda item: "ray_cluster" not in item.fixturenames)
