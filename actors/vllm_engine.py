@@ -10,10 +10,9 @@ Outside vLLM's own environment nothing here can be imported.  Written against vL
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
@@ -23,7 +22,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmb
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.llm_engine import LLMEngine
 
-from actors.buckets import Load, Part, WeightError
+from actors.buckets import Load
 from actors.engine import (
     Capability,
     Completion,
@@ -34,26 +33,11 @@ from actors.engine import (
     UpdateMode,
     check_request,
 )
+from actors.live_rows import Endings, LiveGroup, LiveRow
 from actors.weights import InPlaceWeights
 
 _BLOCK_TOKENS = 32
 """Of the paged cache; only whole blocks of a prompt are shared."""
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class _Sample:
-    """One sample on its way."""
-
-    request: Request
-    index: int
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    versions: list[int] = field(default_factory=list)
-
-    @property
-    def name(self) -> str:
-        """What vLLM calls it."""
-        return f"{self.request.request_id}#{self.index}"
 
 
 class VLLMEngine:
@@ -84,7 +68,7 @@ class VLLMEngine:
         positions = getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31 - 1
         self._max_len = min(positions, max_len or positions)
         self._max_rows = max_rows
-        self._tokenizer = tokenizer
+        self._endings = Endings(tokenizer, eos_ids)
         self._eos_ids = eos_ids
         is_on_gpu = torch.cuda.is_available()
         arguments = EngineArgs(
@@ -103,14 +87,15 @@ class VLLMEngine:
         self._engine = LLMEngine.from_engine_args(arguments)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-        self._shapes = InPlaceWeights(model).shapes()
-        self._staged: dict[str, Tensor] = {}
-        self._missing: dict[str, int] = {}
+        self._staging = model.to_empty(device="cpu")
+        self._staging.tie_weights()
+        self._weights = InPlaceWeights(self._staging)
+        self._weights.release()  # there while an update is
         self._version = -1
         self._next: tuple[int, UpdateMode] | None = None
-        self._waiting: deque[_Sample] = deque()
-        self._live: dict[str, _Sample] = {}
-        self._open: dict[str, int] = {}  # request -> samples not finished
+        self._waiting: deque[LiveRow] = deque()
+        self._live: dict[str, LiveRow] = {}  # by the name that vLLM knows it under
+        self._ids: set[str] = set()
         self._stats = EngineStats()
 
     @property
@@ -135,13 +120,13 @@ class VLLMEngine:
 
     def submit(self, requests: Sequence[Request]) -> None:
         """Queue requests; all of them or, when one is refused, none."""
-        known = set(self._open)
+        known = set(self._ids)
         for request in requests:
             check_request(request, in_flight=known, max_len=self._max_len)
             known.add(request.request_id)
-        for request in requests:
-            self._open[request.request_id] = request.num_samples
-            self._waiting.extend(_Sample(request=request, index=index) for index in range(request.num_samples))
+        self._ids = known
+        for group in [LiveGroup(request=request) for request in requests]:
+            self._waiting.extend(LiveRow(group=group, sample_index=i) for i in range(group.request.num_samples))
 
     def step(self) -> list[Completion]:
         """Give vLLM as many samples as it has rows for, decode once, return the samples that finished."""
@@ -158,12 +143,12 @@ class VLLMEngine:
     def abort(self, request_ids: Iterable[str]) -> None:
         """Forget requests and free their rows; unknown ids are ignored."""
         unwanted = set(request_ids)
-        live = [name for name, sample in self._live.items() if sample.request.request_id in unwanted]
+        self._ids -= unwanted
+        live = [name for name, row in self._live.items() if row.group.request.request_id in unwanted]
         self._engine.abort_request(live, internal=False)
         for name in live:
             del self._live[name]
-        self._waiting = deque(sample for sample in self._waiting if sample.request.request_id not in unwanted)
-        self._open = {name: count for name, count in self._open.items() if name not in unwanted}
+        self._waiting = deque(row for row in self._waiting if row.group.request.request_id not in unwanted)
 
     def begin_update(self, version: int, mode: UpdateMode) -> None:
         """Start replacing the weights; a second call starts over.
@@ -174,51 +159,27 @@ class VLLMEngine:
         if mode == "drain" and self._live:
             raise EngineError(f"no request must be live in a drain update, got {len(self._live)} rows; step until idle")
         self._next = (version, mode)
-        self._staged = {}
-        self._missing = dict.fromkeys(self._shapes, 0)
+        self._weights.begin()
 
     def load(self, tensors: Iterable[tuple[str, Load]]) -> None:
         """Take named tensors, or the next parts of some; vLLM gets them when all are there."""
-        for name, load in tensors:
-            if name not in self._missing:
-                raise WeightError(f"tensor {name!r} must be one of the model's and come once; publish canonical names")
-            shape, dtype = self._shapes[name]
-            if name not in self._staged:
-                self._staged[name] = torch.empty(shape, dtype=getattr(torch, dtype))
-            flat = self._staged[name].view(-1)
-            if isinstance(load, Part):
-                start, values = load.start, load.values
-            elif isinstance(load, Tensor):
-                start, values = 0, load.reshape(-1)
-            else:
-                raise WeightError("vLLM takes complete versions; set pipeline.weights.delta to false")
-            if start != self._missing[name] or start + values.numel() > flat.numel():
-                raise WeightError(
-                    f"the next part of tensor {name!r} must start at element {self._missing[name]} of {flat.numel()}, "
-                    f"got {values.numel()} from {start} on; begin the update again"
-                )
-            flat[start : start + values.numel()] = values
-            self._missing[name] = start + values.numel()
-            if self._missing[name] == flat.numel():
-                del self._missing[name]
+        self._weights.load(tensors)
 
     def end_update(self) -> None:
         """Hand all weights to vLLM, take the new version."""
         if self._next is None:
             raise EngineError("an update must have begun before it ends; call begin_update() first")
-        if self._missing:
-            raise WeightError(
-                f"an update must bring every tensor, missing {sorted(self._missing)[:3]}; publish it again"
-            )
+        self._weights.end()
         start = time.perf_counter()
-        self._engine.collective_rpc(_reload, args=(self._drain(),))
+        self._engine.collective_rpc(_reload, args=(self._staging.named_parameters(),))
+        self._weights.release()
         (self._version, mode), self._next = self._next, None
         self._engine.reset_prefix_cache(reset_running_requests=mode == "reprefill")
         self._stats.load_s += time.perf_counter() - start
 
     def weight_shapes(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """Return what `load` expects: canonical name -> (shape, dtype name), tied tensors once."""
-        return dict(self._shapes)
+        return self._weights.shapes()
 
     def sleep(self) -> None:
         """Give the memory of weights and KV back, on a GPU; no request may be live."""
@@ -230,15 +191,15 @@ class VLLMEngine:
         """Return a snapshot of the counters."""
         return replace(self._stats, num_live_rows=len(self._live), num_waiting_requests=len(self._waiting))
 
-    def _start(self, sample: _Sample) -> None:
-        request, sampling = sample.request, sample.request.sampling
-        length = request.forced_lengths[sample.index] if request.forced_lengths else sampling.max_new_tokens
+    def _start(self, row: LiveRow) -> None:
+        request, sampling = row.group.request, row.group.request.sampling
+        length = request.forced_lengths[row.sample_index] if request.forced_lengths else sampling.max_new_tokens
         is_free = not request.forced_lengths
         parameters = VLLMSamplingParams(
             temperature=sampling.temperature,
             top_k=sampling.top_k or -1,
             top_p=sampling.top_p,
-            seed=(request.seed + sample.index) % 2**63,
+            seed=(request.seed + row.sample_index) % 2**63,
             max_tokens=length,
             ignore_eos=True,
             stop_token_ids=sorted(self._eos_ids) if is_free else None,
@@ -248,51 +209,33 @@ class VLLMEngine:
             output_kind=RequestOutputKind.DELTA,
         )
         prompt = TokensPrompt(prompt_token_ids=list(request.prompt_ids), cache_salt=f"version {self._version}")
-        self._engine.add_request(sample.name, prompt, parameters)
-        self._live[sample.name] = sample
+        name = f"{request.request_id}#{row.sample_index}"
+        self._engine.add_request(name, prompt, parameters)
+        self._live[name] = row
         self._stats.num_prefill_tokens += len(request.prompt_ids)
 
     def _taken(self, output: Any) -> Iterator[Completion]:
         """Append what a step has drawn for a sample; yield its completion where it ended."""
-        sample = self._live.get(output.request_id)
-        if sample is None:  # aborted
+        row = self._live.get(output.request_id)
+        if row is None:  # aborted
             return
         (drawn,) = output.outputs
         for token, logprobs in zip(drawn.token_ids, drawn.logprobs or (), strict=True):
-            sample.tokens.append(token)
-            sample.logprobs.append(logprobs[token].logprob)
-            sample.versions.append(self._version)
+            row.append(token, logprobs[token].logprob, self._version)
         self._stats.num_decode_tokens += len(drawn.token_ids)
         if output.finished:
-            yield self._completed(sample, drawn.finish_reason)
+            del self._live[output.request_id]
+            yield self._completed(row, drawn.finish_reason)
 
-    def _completed(self, sample: _Sample, reason: str) -> Completion:
-        identity = sample.request.request_id
-        del self._live[sample.name]
-        self._open[identity] -= 1
-        if not self._open[identity]:
-            del self._open[identity]
+    def _completed(self, row: LiveRow, reason: str) -> Completion:
+        row.group.num_finished += 1
+        if row.group.num_finished == row.group.request.num_samples:
+            self._ids.discard(row.group.request.request_id)
         self._stats.num_completions += 1
         finish: FinishReason = "length"
         if reason == "stop":
-            finish = "eos" if sample.tokens[-1] in self._eos_ids else "stop"
-        if not np.isfinite(sample.logprobs).all():
-            raise EngineError(f"log-probs must be finite ({identity!r}, version {self._version}); the policy diverged")
-        text = self._tokenizer.decode(sample.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return Completion(
-            request_id=identity,
-            sample_index=sample.index,
-            response_ids=np.array(sample.tokens, dtype=np.int32),
-            response_text=str(text),
-            logprobs=np.array(sample.logprobs, dtype=np.float32),
-            policy_versions=np.array(sample.versions, dtype=np.int32),
-            finish_reason=finish,
-        )
-
-    def _drain(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield what is staged, and forget each tensor when the next one is asked for."""
-        while self._staged:
-            yield self._staged.popitem()
+            finish = "eos" if row.tokens[-1] in self._eos_ids else "stop"
+        return self._endings.completion(row, finish)
 
 
 def _reload(worker: Any, tensors: Iterator[tuple[str, Tensor]]) -> None:

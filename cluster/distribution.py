@@ -65,7 +65,9 @@ class Distribution:
 
     def resters(self) -> list[Member]:
         """Return the workers that are to forget their weights now; one that takes some on does so afterwards."""
-        members = [member for member in self._fleet.members if self._rests and self._can_rest(member)]
+        if not self._rests:  # asked after every answer, so it must not look at all members each time
+            return []
+        members = [member for member in self._fleet.members if self._can_rest(member)]
         for member in members:
             member.weights = None
         return members
