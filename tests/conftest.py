@@ -23,7 +23,10 @@ def ray_cluster():
 
 @pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
 def pytest_collection_modifyitems(items):
-    """Give one process all tests that need real actors, first, and the other whole files: both work to the end."""
+    """Give one process all tests that need real actors, first, and the other whole files: both work to the end.
+
+    The groups hold up to pytest 9.1: see pytest-xdist's issue 1386.
+    """
     items.sort(key=lambda item: "ray_cluster" not in item.fixturenames)
     for item in items:
         group = "ray" if "ray_cluster" in item.fixturenames else item.path.stem
