@@ -49,6 +49,34 @@ def uniforms(seeds: np.ndarray, sample_index: np.ndarray, positions: np.ndarray)
     return (state >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
+def uniforms_on_device(seeds: torch.Tensor, sample_index: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Return the numbers of `uniforms`, bit for bit, without leaving the device; all arguments [B] int64."""
+    state = _splitmix_on_device(seeds)
+    state = _splitmix_on_device(state ^ sample_index)
+    state = _splitmix_on_device(state ^ positions)
+    return _shifted(state, 11).double() * 2.0**-53
+
+
+def draw(logits: torch.Tensor, temperatures: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw one token per row as `sample` does where nothing is truncated, without a question to the host.
+
+    Args:
+        logits: [B, V].
+        temperatures: [B] float32, 0 where greedy.
+        uniform: [B] float64 in [0, 1).
+
+    Returns:
+        As `sample`.
+    """
+    logits = logits.float()
+    is_greedy = temperatures == 0
+    tempered = logits / torch.where(is_greedy, 1.0, temperatures)[:, None]
+    logprobs = torch.log_softmax(tempered, dim=-1)
+    drawn = _inverse_cdf(torch.softmax(tempered, dim=-1), uniform).clamp(max=logits.shape[1] - 1)
+    tokens = torch.where(is_greedy, logits.argmax(dim=-1), drawn)
+    return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
+
+
 def sample(
     logits: torch.Tensor, params: Sequence[SamplingParams], uniform: np.ndarray
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -74,7 +102,8 @@ def sample(
     else:
         # Softmax works row by row; exp(logprobs) would run across rows, with other bits at the end of the last one.
         probs = _truncated(torch.softmax(tempered, dim=-1), params)
-        tokens = _inverse_cdf(probs, uniform).clamp(max=logits.shape[1] - 1)
+        place = torch.from_numpy(np.ascontiguousarray(uniform)).to(probs.device)
+        tokens = _inverse_cdf(probs, place).clamp(max=logits.shape[1] - 1)
         greedy = [p.temperature == 0 for p in params]
         if any(greedy):
             tokens = torch.where(torch.tensor(greedy, device=logits.device), logits.argmax(dim=-1), tokens)
@@ -86,6 +115,23 @@ def _splitmix(state: np.ndarray) -> np.ndarray:
     state = (state ^ (state >> np.uint64(30))) * _MIX_1
     state = (state ^ (state >> np.uint64(27))) * _MIX_2
     return state ^ (state >> np.uint64(31))
+
+
+def _splitmix_on_device(state: torch.Tensor) -> torch.Tensor:
+    """`_splitmix` in int64, whose sums and products wrap around to the same 64 bits."""
+    state = state + _signed(_GOLDEN)
+    state = (state ^ _shifted(state, 30)) * _signed(_MIX_1)
+    state = (state ^ _shifted(state, 27)) * _signed(_MIX_2)
+    return state ^ _shifted(state, 31)
+
+
+def _shifted(state: torch.Tensor, count: int) -> torch.Tensor:
+    """Return int64 bits shifted to the right, zeros coming in where an arithmetic shift would repeat the sign."""
+    return (state >> count) & (2 ** (64 - count) - 1)
+
+
+def _signed(constant: np.uint64) -> int:
+    return int(constant.astype(np.int64))
 
 
 def _tempered(logits: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
@@ -120,7 +166,7 @@ def _truncate_row(probs: torch.Tensor, params: SamplingParams) -> torch.Tensor:
     return truncated
 
 
-def _inverse_cdf(probs: torch.Tensor, uniform: np.ndarray) -> torch.Tensor:
+def _inverse_cdf(probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """Return the first token whose cumulative probability exceeds `uniform` times the total, [B].
 
     One uniform per row, because noise for every token of a large vocabulary costs a tenth of all generation; and in two
@@ -129,7 +175,7 @@ def _inverse_cdf(probs: torch.Tensor, uniform: np.ndarray) -> torch.Tensor:
     blocks = F.pad(probs, (0, -probs.shape[1] % _BLOCK)).unflatten(1, (-1, _BLOCK))
     mass = blocks.sum(dim=2).double().cumsum(dim=1)
     total = mass[:, -1:].contiguous()
-    threshold = torch.from_numpy(np.ascontiguousarray(uniform)).to(probs.device)[:, None] * total
+    threshold = uniform[:, None] * total
     block = _first_above(mass, threshold)
     before = torch.where(block > 0, mass.gather(1, (block - 1).clamp(min=0)), 0.0)
     rows = torch.arange(len(probs), device=probs.device)

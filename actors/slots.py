@@ -7,6 +7,8 @@ number of engines live in one process and no model code is copied.
 Left to the engine: which sample has which slot, and when a slot is free.
 """
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
@@ -50,6 +52,8 @@ class SlotCache:
     def __init__(self, num_slots: int) -> None:
         self.num_slots = num_slots
         self.max_len = 0
+        self.generation = 0
+        """Changes when the memory does."""
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
 
@@ -63,12 +67,14 @@ class SlotCache:
         if length <= self.max_len:
             return
         self.max_len = round_up(length, WINDOW_MULTIPLE)
+        self.generation += 1
         self.keys = [_lengthened(tensor, self.max_len) for tensor in self.keys]
         self.values = [_lengthened(tensor, self.max_len) for tensor in self.values]
 
     def release(self) -> None:
         """Give all memory back; the next `write` takes it again."""
         self.keys, self.values = [], []
+        self.generation += 1
 
     def write(self, first: int, count: int, prefix: "Prefix") -> None:
         """Copy a prefix into the slots `first .. first + count`."""
@@ -140,6 +146,13 @@ class Decode:
         lines = self._lines_of(keys)
         keys.view(-1, keys.shape[3]).index_copy_(0, lines, key.reshape(-1, key.shape[3]))
         values.view(-1, values.shape[3]).index_copy_(0, lines, value.reshape(-1, value.shape[3]))
+        kernel = _kernel() if query.is_cuda and keys.shape == values.shape else None
+        if kernel is not None:
+            scaling = head_dim**-0.5 if rule.scaling is None else rule.scaling
+            return kernel(
+                query[:, :, 0], keys, values, self._positions, window=self._window, scaling=scaling,
+                sliding_window=rule.sliding_window, softcap=rule.softcap,
+            )[:, :, None]  # fmt: skip
         keys, values = keys[:rows, :, : self._window], values[:rows, :, : self._window]
         # The query heads that share a key head become its query positions: grouped attention without repeating keys.
         grouped = query.reshape(rows, keys.shape[1], heads // keys.shape[1], head_dim)
@@ -205,6 +218,16 @@ def _attention(
             )
     layer = cast(int, module.layer_idx)
     return context.attend(layer, query, key, value, rule).transpose(1, 2), None
+
+
+@functools.cache
+def _kernel() -> Callable[..., Tensor] | None:
+    """Return a GPU's kernel for decoding; None where Triton, which comes with torch for GPUs, is not installed."""
+    try:
+        from actors.decode_attention import decode_attention
+    except ImportError:
+        return None
+    return decode_attention
 
 
 def _no_mask(*_: Any, **__: Any) -> None:

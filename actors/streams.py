@@ -1,7 +1,7 @@
 """Weights as a broadcast through a group of processes: the learner's first rank and the rollout workers it was told of.
 
-The group is gloo's, made for this alone, beside whatever group a process is in already.  It is named by an epoch: it
-stays while its members do; when one of them goes, or a stream breaks, the next offer brings another epoch and group.
+The group (`actors.wires`) is named by an epoch: it stays while its members do; when one of them goes, or a stream
+breaks, the next offer brings another epoch and group.
 
 What travels, one version a stream: the size of the plan; the plan (JSON: version, base, every entry of every bucket);
 then each bucket's bytes with its entries' fingerprints at the end.  In a stream of changes, whose buckets have sizes of
@@ -16,9 +16,8 @@ given up on this side, which ends it for the other members, and `StreamError` sa
 import contextlib
 import json
 import socket
-import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -29,6 +28,7 @@ import torch.distributed as dist
 
 from actors.buckets import TensorEntry, layout
 from actors.weights import Bucket, take
+from actors.wires import WireKind, open_wire
 
 if TYPE_CHECKING:
     from actors.engine import Engine, UpdateMode
@@ -53,6 +53,7 @@ class StreamOffer:
     version: int
     incarnation: int
     timeout_s: float  # for one message
+    wire: WireKind = "gloo"
 
     def seat(self, member: str) -> "StreamSeat":
         """Return the offer as one of the members gets it."""
@@ -72,18 +73,17 @@ class _Group:
 
     def __init__(self, store: dist.Store, offer: StreamOffer, rank: int, hostname: str) -> None:
         self.epoch = offer.epoch
-        self._timeout = timedelta(seconds=offer.timeout_s)
-        options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-        options._devices = [dist.ProcessGroupGloo.create_device(hostname=hostname)]
-        options._timeout = self._timeout
-        size = len(offer.members) + 1
-        self._pg: Any = dist.ProcessGroupGloo(dist.PrefixStore(f"weights/{offer.epoch}", store), rank, size, options)
+        self._wire = open_wire(
+            offer.wire,
+            dist.PrefixStore(f"weights/{offer.epoch}", store),
+            rank=rank,
+            size=len(offer.members) + 1,
+            timeout_s=offer.timeout_s,
+            hostname=hostname,
+        )
         self._buffers = [torch.empty(0, dtype=torch.uint8)] * 2
         self._turn = 0
-        self._works: deque[Any] = deque()
-        self._options = dist.BroadcastOptions()
-        self._options.rootRank = _SENDER
-        self._options.timeout = self._timeout
+        self._on_their_way: deque[Callable[[], None]] = deque()
 
     def next_buffer(self, num_bytes: int) -> torch.Tensor:
         """Return [num_bytes] uint8 of the buffer that was used before the last one."""
@@ -94,23 +94,18 @@ class _Group:
 
     def begin(self, tensor: torch.Tensor) -> None:
         """Begin to send or receive a tensor, after those before."""
-        if self._pg is None:
-            raise RuntimeError("the group has been given up")
-        self._works.append(self._pg.broadcast([tensor], self._options))
+        self._on_their_way.append(self._wire.begin(tensor))
 
     def wait(self) -> None:
         """Wait until nothing is on its way."""
-        while self._works:
-            self._works[0].wait()
-            self._works.popleft()
+        while self._on_their_way:
+            self._on_their_way[0]()
+            self._on_their_way.popleft()
 
     def close(self) -> None:
         """End it for all members."""
-        # Connections close with the last reference, which waits for what is on its way, at most one timeout.
-        last = [self._pg, *self._works]
-        self._pg = None
-        self._works.clear()
-        threading.Thread(target=last.clear, name="close weights group", daemon=True).start()
+        self._on_their_way.clear()
+        self._wire.close()
 
 
 class StreamSender:

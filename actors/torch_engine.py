@@ -13,7 +13,7 @@ prefilled alone, rows padded to a multiple of four, key-value windows rounded up
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from actors.buckets import Load
+from actors.bursts import BurstDecoder
 from actors.engine import (
     Capability,
     Completion,
@@ -33,14 +34,24 @@ from actors.engine import (
 )
 from actors.live_rows import Endings, LiveGroup, LiveRow, Outputs
 from actors.packed_linear import pack, release, repack
+from actors.prefill import ROW_MULTIPLE, Prefilled, Prefiller
 from actors.sampling import sample, uniforms
-from actors.slots import WINDOW_MULTIPLE, Decode, Prefix, SlotCache, SlotContext, install, round_up
+from actors.slots import WINDOW_MULTIPLE, Decode, SlotCache, SlotContext, install, round_up
 from actors.weights import InPlaceWeights
 
-ROW_MULTIPLE = 4
-"""Rows of a forward pass.  Products of fewer than four take other code paths in the maths library, with other bits; and
-the last elements of a tensor whose size is not a multiple of 32 are computed one by one instead of as vectors, so that
-exp, cos and the like have other bits there.  Four rows of any width that is a multiple of 8 leave no such rest."""
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pace:
+    """How much an engine asks of its device at a time."""
+
+    steps: int
+    """Tokens decoded for every row before the host looks at them, see `actors.bursts`."""
+    prefill_tokens: int
+    """Tokens of waiting prompts in one pass, padding included; 0 = each prompt alone, with the same bits always."""
+
+
+CPU_PACE = Pace(steps=1, prefill_tokens=0)
+GPU_PACE = Pace(steps=8, prefill_tokens=8192)
 
 LogitsHook = Callable[[Tensor, Tensor, Sequence[str]], Tensor]
 """`hook(logits [B, V], hidden [B, H], request_ids) -> logits`, before every draw; `hidden` is what the output head made
@@ -59,6 +70,7 @@ class TorchEngine:
         max_len: longest prompt with response, tokens; None = what the model's positions allow.  Memory grows with need.
         logits_hook: see `LogitsHook`.
         pack_weights: see `actors/packed_linear.py`; an update ends with packing again.
+        pace: None = what suits the device.
     """
 
     def __init__(
@@ -71,6 +83,7 @@ class TorchEngine:
         max_len: int | None = None,
         logits_hook: LogitsHook | None = None,
         pack_weights: bool = True,
+        pace: Pace | None = None,
     ) -> None:
         if max_rows < 1 or max_rows % ROW_MULTIPLE:
             raise ValueError(f"max_rows must be a multiple of {ROW_MULTIPLE}, got {max_rows}; round it up")
@@ -80,9 +93,14 @@ class TorchEngine:
         self._endings = Endings(tokenizer, eos_ids)
         self._hook = logits_hook
         self._device = next(model.parameters()).device
-        self._max_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31 - 1
-        self._max_len = min(self._max_positions, max_len or self._max_positions)
+        self._pace = pace or (CPU_PACE if self._device.type == "cpu" else GPU_PACE)
+        max_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**31 - 1
+        self._max_len = min(max_positions, max_len or max_positions)
         self._cache = SlotCache(max_rows)
+        self._prefiller = Prefiller(self._forward, self._device, max_positions=max_positions)
+        self._bursts = BurstDecoder(
+            self._next_logits, self._cache, self._device, steps=self._pace.steps, max_positions=max_positions
+        )
         self._weights = InPlaceWeights(model)
         if pack_weights:
             pack(model)
@@ -131,10 +149,12 @@ class TorchEngine:
         if self._next is not None or self._asleep:
             raise EngineError("the engine must be awake and between updates to step; bring it a complete version first")
         finished = []
+        if self._pace.prefill_tokens:
+            self._prefill_waiting()
         while self._queue and len(self._rows) < self._cache.num_slots:
             finished += self._start(self._queue[0])
         if self._rows:
-            finished += self._decode()
+            finished += self._decode_burst() if self._may_burst() else self._decode()
         return finished
 
     @torch.inference_mode()
@@ -179,8 +199,7 @@ class TorchEngine:
             group.prefilled = None
         if mode == "reprefill":
             for slot, row in enumerate(self._rows):
-                prefix, _ = self._prefill([*row.group.request.prompt_ids, *row.tokens[:-1]])
-                self._cache.write(slot, 1, prefix)
+                self._cache.write(slot, 1, self._prefill([*row.group.request.prompt_ids, *row.tokens[:-1]])[0])
 
     def weight_shapes(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """Return what `load` expects: canonical name -> (shape, dtype name), tied tensors once."""
@@ -195,6 +214,7 @@ class TorchEngine:
         self._cache.release()
         self._weights.release()
         release(self._model)
+        self._bursts.forget()
         self._asleep = True
 
     def stats(self) -> EngineStats:
@@ -211,9 +231,7 @@ class TorchEngine:
         """Start as many of a group's samples as there are free slots; their first tokens come from the prefill."""
         request = group.request
         if group.prefilled is None:
-            start = time.perf_counter()
             group.prefilled = self._prefill(request.prompt_ids)
-            self._stats.prefill_s += time.perf_counter() - start
         prefix, last = group.prefilled
         first = len(self._rows)
         count = min(request.num_samples - group.num_started, self._cache.num_slots - first)
@@ -227,17 +245,57 @@ class TorchEngine:
             group.prefilled = None
         return self._draw(first, Outputs(last.logits.expand(count, -1), last.hidden.expand(count, -1)))
 
-    def _prefill(self, tokens: Sequence[int]) -> tuple[Prefix, Outputs]:
-        """Run one sequence alone; return its keys and values, and the outputs [1, ...] after its last token."""
-        ids = torch.zeros(1, round_up(len(tokens), WINDOW_MULTIPLE), dtype=torch.long)
-        ids[0, : len(tokens)] = torch.as_tensor(tokens)
-        # Padding may reach past the last position the model has an embedding for.
-        positions = torch.arange(ids.shape[1]).clamp(max=self._max_positions - 1)
-        prefix = Prefix(length=len(tokens))
-        last = torch.full((ROW_MULTIPLE,), len(tokens) - 1, device=self._device)
-        outputs = self._forward(ids, positions[None], keep=last, context=prefix)
+    def _prefill(self, tokens: Sequence[int]) -> Prefilled:
+        """Run one sequence alone."""
+        start = time.perf_counter()
+        prefilled = self._prefiller.alone(tokens)
         self._stats.num_prefill_tokens += len(tokens)
-        return prefix, outputs[0, :1]
+        self._stats.prefill_s += time.perf_counter() - start
+        return prefilled
+
+    def _prefill_waiting(self) -> None:
+        """Run, as one batch, the prompts of the next groups that free slots are there for."""
+        start = time.perf_counter()
+        free, width, groups = self._cache.num_slots - len(self._rows), 0, []
+        for group in self._queue:
+            width = max(width, round_up(len(group.request.prompt_ids), WINDOW_MULTIPLE))
+            if free <= 0 or (groups and width * (len(groups) + 1) > self._pace.prefill_tokens):
+                break
+            free -= group.request.num_samples - group.num_started
+            if group.prefilled is None:
+                groups.append(group)
+        if groups:
+            prefilled = self._prefiller.together([group.request.prompt_ids for group in groups])
+            for group, one in zip(groups, prefilled, strict=True):
+                group.prefilled = one
+            self._stats.num_prefill_tokens += sum(len(group.request.prompt_ids) for group in groups)
+        self._stats.prefill_s += time.perf_counter() - start
+
+    def _may_burst(self) -> bool:
+        """Return whether no row asks for what a burst cannot do: a hook, or truncated distributions."""
+        if self._pace.steps == 1 or self._hook is not None:
+            return False
+        settings = (row.group.request.sampling for row in self._rows)
+        return not any(sampling.top_k or sampling.top_p < 1 for sampling in settings)
+
+    def _decode_burst(self) -> list[Completion]:
+        """Draw several tokens for every row, keep those up to its end."""
+        start = time.perf_counter()
+        burst = self._bursts.run(self._rows)
+        self._stats.num_decode_steps += self._pace.steps
+        self._stats.num_decode_rows += self._pace.steps * burst.num_rows
+        finished = []
+        for slot in reversed(range(len(self._rows))):  # the row that fills a hole has been looked at already
+            row = self._rows[slot]
+            for token, logprob in zip(burst.tokens[:, slot].tolist(), burst.logprobs[:, slot].tolist(), strict=True):
+                row.append(token, logprob, self._version)
+                self._stats.num_decode_tokens += 1
+                reason = self._endings.reason(row)
+                if reason is not None:
+                    finished.append(self._complete(slot, reason))
+                    break
+        self._stats.decode_s += time.perf_counter() - start
+        return finished
 
     def _decode(self) -> list[Completion]:
         """Feed every row's last token and draw its next one."""
@@ -249,14 +307,17 @@ class TorchEngine:
         window = round_up(int(feed[1].max()) + 1, WINDOW_MULTIPLE)
         tokens, positions = torch.from_numpy(feed).to(self._device)
         context = Decode(self._cache, positions, window)
-        outputs = self._forward(tokens[:, None], positions[:, None], keep=1, context=context)
+        outputs = self._forward(tokens[:, None], positions[:, None], 1, context)
         self._stats.num_decode_steps += 1
         self._stats.num_decode_rows += feed.shape[1]
         self._stats.num_decode_tokens += live
         self._stats.decode_s += time.perf_counter() - start
         return self._draw(0, outputs[:live, 0])
 
-    def _forward(self, ids: Tensor, positions: Tensor, *, keep: int | Tensor, context: SlotContext) -> Outputs:
+    def _next_logits(self, ids: Tensor, positions: Tensor, context: SlotContext) -> Tensor:
+        return self._forward(ids, positions, 1, context).logits[:, 0]
+
+    def _forward(self, ids: Tensor, positions: Tensor, keep: int | Tensor, context: SlotContext) -> Outputs:
         logits: Tensor = self._model(
             input_ids=ids.to(self._device),
             position_ids=positions.to(self._device),

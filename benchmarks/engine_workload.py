@@ -56,7 +56,7 @@ class Workload:
 def spread_workload(tokenizer: PreTrainedTokenizerBase) -> Workload:
     """Return 16 chat prompts with lognormal lengths, mean 50, at most 128 tokens."""
     prompts = _prompts(tokenizer, 16)
-    return Workload(prompts, _spread_lengths(len(prompts) * NUM_SAMPLES).reshape(len(prompts), NUM_SAMPLES))
+    return Workload(prompts, spread_lengths(len(prompts) * NUM_SAMPLES).reshape(len(prompts), NUM_SAMPLES))
 
 
 def even_workload(tokenizer: PreTrainedTokenizerBase) -> Workload:
@@ -66,6 +66,17 @@ def even_workload(tokenizer: PreTrainedTokenizerBase) -> Workload:
     shape = len(prompts), NUM_SAMPLES
     ended = random.integers(EVEN_LENGTH // 4, EVEN_LENGTH, size=shape)
     return Workload(prompts, np.where(random.random(shape) < EVEN_AT_CAP, EVEN_LENGTH, ended))
+
+
+def spread_lengths(count: int) -> np.ndarray:
+    """Return [count] lognormal lengths, capped, whose mean is as near to `MEAN_LENGTH` as whole tokens allow."""
+    shape = np.exp(SIGMA * np.random.default_rng(0).standard_normal(count))
+    low, high = 1.0, 10.0 * MEAN_LENGTH
+    for _ in range(60):  # the cap bends the mean, so the scale is found by bisection
+        scale = (low + high) / 2
+        lengths: np.ndarray = np.clip(np.rint(scale * shape), 1, MAX_LENGTH).astype(int)
+        low, high = (scale, high) if lengths.mean() < MEAN_LENGTH else (low, scale)
+    return lengths
 
 
 def run_engine(engine: Engine, workload: Workload) -> None:
@@ -148,14 +159,3 @@ def _encode(tokenizer: PreTrainedTokenizerBase, topic: str) -> list[int]:
     messages = [{"role": "user", "content": f"Write one sentence that reviews a film about {topic}."}]
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     return cast(list[int], ids)
-
-
-def _spread_lengths(count: int) -> np.ndarray:
-    """Return [count] lognormal lengths, capped, whose mean is as near to `MEAN_LENGTH` as whole tokens allow."""
-    shape = np.exp(SIGMA * np.random.default_rng(0).standard_normal(count))
-    low, high = 1.0, 10.0 * MEAN_LENGTH
-    for _ in range(60):  # the cap bends the mean, so the scale is found by bisection
-        scale = (low + high) / 2
-        lengths: np.ndarray = np.clip(np.rint(scale * shape), 1, MAX_LENGTH).astype(int)
-        low, high = (scale, high) if lengths.mean() < MEAN_LENGTH else (low, scale)
-    return lengths

@@ -72,9 +72,7 @@ def main() -> None:
     finish({**report, "vllm": vllm.__version__}, arguments.output)
 
 
-def _engines(
-    directory: str, tokenizer: PreTrainedTokenizerBase, rows: int
-) -> dict[str, Callable[[Workload], None]]:
+def _engines(directory: str, tokenizer: PreTrainedTokenizerBase, rows: int) -> dict[str, Callable[[Workload], None]]:
     """Return, for each engine, what draws a workload with it."""
     cpu = torch.device("cpu")
     plain, paged, owned = (load_model(directory, dtype=torch.float32, device=cpu) for _ in range(3))
@@ -111,7 +109,11 @@ def _run_continuous(model: PreTrainedModel, rows: int, workload: Workload) -> No
     """Draw every sample with Hugging Face's continuous batching."""
     sampling = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, eos_token_id=-1, pad_token_id=0)
     paging = ContinuousBatchingConfig(
-        return_logprobs=True, max_batch_tokens=256, page_size=_BLOCK_TOKENS, num_blocks=1024, max_requests_per_batch=rows
+        return_logprobs=True,
+        max_batch_tokens=256,
+        page_size=_BLOCK_TOKENS,
+        num_blocks=1024,
+        max_requests_per_batch=rows,
     )
     with model.continuous_batching_context_manager(  # type: ignore[operator]
         generation_config=sampling, continuous_batching_config=paging, warmup=False

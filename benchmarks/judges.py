@@ -34,7 +34,7 @@ from actors.architecture import character_tokenizer
 from actors.policy import load_model
 from actors.rows import Layout
 from actors.scoring import reference_logprobs, scorer_of
-from benchmarks.engine import forced_lengths
+from benchmarks.engine_workload import spread_lengths
 from benchmarks.machine import finish
 from reward.model import RewardModel
 from reward.reference import row_tokens
@@ -92,7 +92,7 @@ def uniform(vocab_size: int) -> list[Group]:
 
 def realistic(vocab_size: int) -> list[Group]:
     """Return 4 groups of 8, 200 tokens and a lognormal number."""
-    return _groups(forced_lengths(32, seed=0).reshape(4, 8), num_prompt=200, vocab_size=vocab_size)
+    return _groups(spread_lengths(32).reshape(4, 8), num_prompt=200, vocab_size=vocab_size)
 
 
 def _groups(lengths: np.ndarray, *, num_prompt: int, vocab_size: int) -> list[Group]:

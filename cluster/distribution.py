@@ -9,6 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 from actors.streams import StreamOffer
+from actors.wires import WireKind
+from cluster.config import RunConfig
 from cluster.fleet import Fleet, Member, MemberState
 from cluster.messages import Weights
 
@@ -110,3 +112,11 @@ class Distribution:
 
     def _can_follow(self, member: Member) -> bool:
         return self._base is None or member.weights == self._base
+
+
+def wire_of(config: RunConfig) -> WireKind:
+    """Return what carries a broadcast: NCCL wants a whole GPU for each member."""
+    placement, wire = config.placement, config.pipeline.weights.wire
+    if wire != "auto":
+        return wire
+    return "nccl" if placement.learner_gpus >= 1 and placement.rollout_gpus >= 1 and not placement.colocated else "gloo"

@@ -20,6 +20,7 @@ from actors.prompts import DrawnPrompt, PromptSource, fitting
 from actors.rollout_worker import RolloutWorker
 from actors.streams import StreamOffer
 from cluster.config import ConfigError, RunConfig
+from cluster.distribution import wire_of
 from cluster.fleet import NotReadyError
 from cluster.gang import LearnerStarter
 from cluster.ledger import Ledger, LedgerJournal, Unrecorded
@@ -122,6 +123,7 @@ class Session:
                 version=version,
                 incarnation=weights.incarnation,
                 timeout_s=self.config.pipeline.weights.timeout_s,
+                wire=wire_of(self.config),
             )
 
         offer = self.pipeline.offer(weights, make, base=self._published if is_next else None)

@@ -134,6 +134,7 @@ class LearnerRank:
         Raises:
             MismatchError: when the samples' recorded log-probs are not those of this policy.
         """
+        self._networks.reload()
         samples = read_samples(tables, plan)
         first_pass, kept = self._scorer.first_pass(samples, plan)
         targets, metrics = judge(samples, first_pass, plan, self._algorithm, self._credit)
@@ -165,6 +166,7 @@ class LearnerRank:
         See `Publisher.publish` for `offer` and `base`.
         """
         fault("learner.publish", self._rank)
+        self._networks.reload()
         self._version = version
         return self._publisher.publish(version, incarnation, offer=offer, base=base)
 
@@ -178,6 +180,7 @@ class LearnerRank:
         Raises:
             StateError: when the save before is not finished.
         """
+        self._networks.reload()
         self._saver.begin(directory, self._stateful)
 
     def finish_save(self) -> list[str]:
@@ -191,10 +194,12 @@ class LearnerRank:
 
     def load_state(self, directory: str) -> None:
         """Continue from a saved state, of any number of ranks and any ZeRO stage."""
+        self._networks.reload()
         state.load_state(directory, self._stateful)
 
     def export_policy(self, directory: str) -> None:
         """Write the policy as a Hugging Face model directory, with its tokenizer; rank 0 writes."""
+        self._networks.reload()
         export_policy(self._publisher, directory, model_dir=self._model_dir)
 
     def ping(self) -> int:
@@ -202,8 +207,9 @@ class LearnerRank:
         return self._networks.policy.num_updates
 
     def rest(self) -> None:
-        """Give back what memory is not needed until the next step."""
+        """Give back what memory is not needed until something else is asked: on a GPU, all of it."""
         fault("learner.rest", self._rank)
+        self._networks.offload()
         give_back()
 
     def close(self) -> None:

@@ -7,6 +7,7 @@ masters, the update happens there, and the module's parameters are rounded copie
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,6 +34,7 @@ class LocalEngine:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.module = module.to(dtype)
+        self._device = next(module.parameters()).device
         self._max_grad_norm = config.max_grad_norm
         self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self._masters = {name: _master(p) for name, p in self._parameters.items()}
@@ -113,10 +115,25 @@ class LocalEngine:
         self._num_updates = num_updates
         self._round_masters()
 
+    def offload(self) -> None:
+        """Move parameters, masters and moments to main memory."""
+        self._move(torch.device("cpu"))
+
+    def reload(self) -> None:
+        """Move them back."""
+        self._move(self._device)
+
     def close(self) -> None:
         """Drop gradients and optimizer state."""
         self.discard()
         self._optimizer.state.clear()
+
+    def _move(self, device: torch.device) -> None:
+        for tensor in chain(self.module.parameters(), self.module.buffers(), self._masters.values()):
+            tensor.data = tensor.data.to(device)
+        for moments in self._optimizer.state.values():
+            for tensor in moments.values():
+                tensor.data = tensor.data.to(device)
 
     def _round_masters(self) -> None:
         with torch.no_grad():

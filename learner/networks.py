@@ -148,6 +148,16 @@ class Networks:
                 raise
         return self.policy.step(learning_rate)
 
+    def offload(self) -> None:
+        """Move everything to main memory, until `reload`."""
+        for engine in self.engines.values():
+            engine.offload()
+
+    def reload(self) -> None:
+        """Move everything back to the device; nothing happens where it is there."""
+        for engine in self.engines.values():
+            engine.reload()
+
     def close(self) -> None:
         """Free the engines."""
         for engine in self.engines.values():

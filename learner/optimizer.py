@@ -74,6 +74,12 @@ class OptimizerEngine(Protocol):
     def num_updates(self) -> int:
         """Optimizer updates so far: Adam's step count."""
 
+    def offload(self) -> None:
+        """Move weights and optimizer state from the device to main memory; nothing else may be asked until `reload`."""
+
+    def reload(self) -> None:
+        """Move them back; nothing happens where they are there."""
+
     def close(self) -> None:
         """Free memory and leave the process group."""
 

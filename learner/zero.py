@@ -73,6 +73,7 @@ class ZeroEngine:
         self._stage = stage
         self._num_updates = 0
         self._is_finite = True
+        self._is_offloaded = False
         self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self._adamw = GuardedAdamW(
             adamw_groups(self._parameters, groups, config), betas=config.betas, eps=config.eps, fused=True
@@ -168,6 +169,18 @@ class ZeroEngine:
             moments["step"].fill_(float(num_updates))  # bias correction depends on it
         self._num_updates = num_updates
 
+    def offload(self) -> None:
+        """Move what stages 1 and 2 hold to main memory; DeepSpeed does not do it for the others."""
+        if self._stage in OFFLOADING_STAGES:
+            self._engine.offload_states(pin_memory=self._device.type != "cpu")
+            self._is_offloaded = True
+
+    def reload(self) -> None:
+        """Move it back."""
+        if self._is_offloaded:
+            self._engine.reload_states()
+            self._is_offloaded = False
+
     def close(self) -> None:
         """Free DeepSpeed's buffers; the process group ends with the process, other engines may use it."""
         self._engine.destroy()
@@ -221,6 +234,9 @@ class ZeroEngine:
         master_of = {id(parameter): master for parameter, master in pairs}
         return {name: master_of[id(parameter)] for name, parameter in self._parameters.items()}
 
+
+OFFLOADING_STAGES = (1, 2)
+"""Stages that DeepSpeed moves out of a GPU's way with any optimizer: stage 3 wants its own, stage 0 is not asked."""
 
 ALONE = {"contiguous_gradients": False, "reduce_bucket_size": 20_000_000}
 """For one rank, which reduces nothing: else each micro-batch's gradients are copied into a buffer made for them."""

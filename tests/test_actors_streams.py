@@ -8,13 +8,34 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
 
+from actors import streams, wires
 from actors.buckets import WeightError
 from actors.streams import StreamError, StreamReceiver, StreamSender
 from tests.weights_toys import Background, Recorder, network, offer_of, receiving, same_bits, send
 
 ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True, params=["gloo", "staged"])
+def wire(request, monkeypatch):
+    """Every stream over gloo, and over what NCCL's has around it, with gloo's group inside."""
+    if request.param == "staged":
+        if "how" in request.fixturenames:
+            pytest.skip("other processes have the wire that they have")
+
+        def group(store, **settings):
+            return wires.gloo_group(store, hostname="127.0.0.1", **settings)
+
+        def open_wire(kind, *arguments, **settings):
+            return wires.open_wire("nccl", *arguments, **settings)
+
+        monkeypatch.setattr(wires, "_nccl_group", group)
+        monkeypatch.setattr(wires, "_own_device", lambda: torch.device("cpu"))
+        monkeypatch.setattr(streams, "open_wire", open_wire)
+    return request.param
 
 
 @pytest.fixture
