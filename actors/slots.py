@@ -15,7 +15,7 @@ from typing import Any, Protocol, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 
 IMPLEMENTATION = "concord_slots"
 WINDOW_MULTIPLE = 16
@@ -230,10 +230,6 @@ def _kernel() -> Callable[..., Tensor] | None:
     return decode_attention
 
 
-def _no_mask(*_: Any, **__: Any) -> None:
-    """Slots mask by length; a mask from the model would be built for nothing."""
-
-
 def _window(distance: Tensor, sliding_window: int | None) -> Tensor:
     """Return whether a query sees a key that lies `distance` positions before it."""
     allowed = distance >= 0
@@ -258,5 +254,5 @@ def _lengthened(tensor: Tensor, length: int) -> Tensor:
     return longer
 
 
+# Without a mask function of that name the model makes no mask, which would be built for nothing and asks the host.
 AttentionInterface.register(IMPLEMENTATION, _attention)
-AttentionMaskInterface.register(IMPLEMENTATION, _no_mask)

@@ -5,6 +5,7 @@ import logging
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from actors.bursts import BurstDecoder, _Program
 from actors.engine import SamplingParams
@@ -139,6 +140,49 @@ def test_batches_of_prompts_stay_within_their_bound():
     serve(engine, *[request(str(length), [1] * length) for length in (5, 16, 17, 30, 3, 3)])
     assert sizes[0] == [5, 16]
     assert sorted(length for batch in sizes for length in batch) == [3, 3, 5, 16, 17, 30]
+
+
+class Questions(TorchDispatchMode):
+    """Notes what makes the host wait for the device, which a CUDA graph cannot hold: its shapes are not known before."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "_unique2", "equal", "is_nonzero")
+
+    def __init__(self):
+        super().__init__()
+        self.asked = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket.__name__ in self.NAMES:
+            self.asked.append(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+def asked_in_a_step(engine, monkeypatch):
+    questions, advance = Questions(), _Program._advance
+
+    def watched(program):
+        with questions:
+            advance(program)
+
+    monkeypatch.setattr(_Program, "_advance", watched)
+    serve(engine, *requests())
+    return questions.asked
+
+
+@every_architecture
+def test_a_step_asks_the_host_nothing(name, monkeypatch):
+    assert asked_in_a_step(bursting(name), monkeypatch) == []
+
+
+def test_a_question_is_seen(monkeypatch):
+    """Planted bug: a row's end looked at within the step."""
+
+    def asking(*arguments):
+        tokens, logprobs = draw(*arguments)
+        return tokens, logprobs if bool((tokens == EOS).any()) else logprobs.clone()
+
+    monkeypatch.setattr("actors.bursts.draw", asking)
+    assert "_local_scalar_dense" in asked_in_a_step(bursting(), monkeypatch)
 
 
 class Replay:
