@@ -22,8 +22,9 @@ class StubRolloutWorker:
         self._rows = rows
         self._seconds = seconds
 
-    async def generate(self, prompt: pa.Table, lease: Any) -> tuple[pa.Table, dict[str, float]]:
+    async def generate(self, stream: bytes, lease: Any) -> tuple[pa.Table, dict[str, float]]:
         """Return the group after a while."""
+        prompt = pa.ipc.open_stream(stream).read_all()
         assert (prompt.num_rows, lease.num_samples) == (1, self._rows.num_rows), "a lease is one prompt's group"
         await asyncio.sleep(self._seconds)
         numbers = {"num_tokens": 2048, "num_bytes": self._rows.nbytes, "generate_s": self._seconds}
