@@ -1,12 +1,15 @@
 """What the benchmarks of overlap, staleness and memory compute from their measurements, on numbers worked by hand."""
 
+import asyncio
 import os
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
+from actors.schema import PROMPTS, to_stream
 from benchmarks.overlap import (
     MAX_LENGTH,
     MEAN_LENGTH,
@@ -19,6 +22,7 @@ from benchmarks.overlap import (
     summary,
 )
 from benchmarks.processes import kind_of, memory_of, pin
+from benchmarks.scale_stubs import StubRolloutWorker
 from benchmarks.soak import SETTLED_AFTER, growth
 from benchmarks.staleness import outcome
 
@@ -137,3 +141,14 @@ def test_threads_that_are_there_already_are_pinned_too():
     finally:
         pin(os.getpid(), available)
     assert seen == [{min(available)}]
+
+
+def test_a_worker_that_sleeps_takes_prompts_as_the_pool_sends_them():
+    rows = pa.table({"group_id": ["g", "g"]})
+    prompt = pa.Table.from_pylist(
+        [{"prompt_id": "a", "prompt": "a", "prompt_ids": [1], "extras": "{}"}], schema=PROMPTS
+    )
+    worker = StubRolloutWorker(rows=rows, seconds=0.0)
+    table, numbers = asyncio.run(worker.generate(to_stream(prompt), SimpleNamespace(num_samples=2)))
+    assert table.equals(rows)
+    assert numbers["num_bytes"] == rows.nbytes
