@@ -149,8 +149,6 @@ class TorchEngine:
         if self._next is not None or self._asleep:
             raise EngineError("the engine must be awake and between updates to step; bring it a complete version first")
         finished = []
-        if self._pace.prefill_tokens:
-            self._prefill_waiting()
         while self._queue and len(self._rows) < self._cache.num_slots:
             finished += self._start(self._queue[0])
         if self._rows:
@@ -230,9 +228,9 @@ class TorchEngine:
     def _start(self, group: LiveGroup) -> list[Completion]:
         """Start as many of a group's samples as there are free slots; their first tokens come from the prefill."""
         request = group.request
-        if group.prefilled is None:
-            group.prefilled = self._prefill(request.prompt_ids)
-        prefix, last = group.prefilled
+        if group.prefilled is None and self._pace.prefill_tokens:
+            self._prefill_waiting()
+        prefix, last = group.prefilled = group.prefilled or self._prefill(request.prompt_ids)
         first = len(self._rows)
         count = min(request.num_samples - group.num_started, self._cache.num_slots - first)
         self._cache.reserve(len(request.prompt_ids) + request.sampling.max_new_tokens)

@@ -26,10 +26,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from actors.config import ArchitectureConfig, CharacterTokenizerConfig, PolicyConfig
+from actors.architecture import character_tokenizer
 from actors.engine import Completion, Request, SamplingParams
-from actors.policy import load_model, load_tokenizer, materialize, resolve_dtype
+from actors.policy import load_model, load_tokenizer, resolve_dtype
 from actors.rollout_worker import rollouts_table
 from actors.schema import PROMPTS, ROLLOUTS
 from actors.torch_engine import GPU_PACE, Pace, TorchEngine
@@ -101,9 +102,11 @@ def _measure(
     architecture: dict[str, Any], sizes: Sizes, device: torch.device, machine: dict[str, Any], cache: str
 ) -> dict[str, float]:
     """Return everything about one model."""
-    letters = CharacterTokenizerConfig(characters="abcdefghijklmnopqrstuvwxyz")
-    policy = PolicyConfig(model=ArchitectureConfig(architecture=architecture, tokenizer=letters))
-    directory = materialize(policy, seed=0, cache_dir=cache)
+    directory = os.path.join(cache, str(architecture["hidden_size"]))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**architecture))
+    model.save_pretrained(directory)
+    character_tokenizer("abcdefghijklmnopqrstuvwxyz").save_pretrained(directory)
+    del model
     shapes = read_architecture(directory)
     report = _generation(directory, shapes, sizes, device, machine["bandwidth_gb_s"] * 1e9)
     return report | _loop(directory, shapes, sizes, device, machine["peak_tflops"] * 1e12)

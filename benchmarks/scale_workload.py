@@ -1,7 +1,7 @@
 """The work that `benchmarks/scale.py` hands out: a run's configuration, its prompts, and rows of realistic sizes.
 
-The figures are those of a policy with 7 billion parameters on one GPU a worker, and are the same for any number of
-workers: the step grows with the fleet.
+The figures are those of a policy with 7 billion parameters that reasons before it answers, one GPU a worker, and are
+the same for any number of workers: the step grows with the fleet.
 """
 
 import json
@@ -26,26 +26,26 @@ from cluster.config import RunConfig, validate
 from reward.samples import samples_of
 from reward.schema import SAMPLES, SCORED
 
-SAMPLES_PER_PROMPT = 8
+SAMPLES_PER_PROMPT = 16
 ROWS = 64
 """Sequences that a worker decodes at the same time."""
 TOKENS_PER_S = 2500.0
 """Of one worker with all its rows busy; a row's share does not depend on how many are."""
-MEAN_LENGTH, MAX_LENGTH, SIGMA = 256.0, 1024, 1.0
+MEAN_LENGTH, MAX_LENGTH, SIGMA = 4096.0, 16384, 1.0
 """Of the responses, tokens: lognormal, cut at four times the mean, the mean being that after the cut."""
-PROMPTS_PER_WORKER = 16
+PROMPTS_PER_WORKER = 4
 """Groups of one step for each rollout worker."""
 ROLLOUTS_PER_JUDGE = 8
 """Rollout workers for each reward worker."""
-ROLLOUTS_PER_RANK = 4
+ROLLOUTS_PER_RANK = 2
 """Rollout workers for each rank of the learner, for which the driver plans the step."""
-MICROBATCH_TOKENS = 16384
-JUDGE_S = 0.06
-"""A judge's time for one group, seconds; it takes one at a time."""
+MICROBATCH_TOKENS = 65536
+JUDGE_S = 2.0
+"""A judge's time for one group, seconds; it takes one at a time: 65,536 tokens, 7 billion parameters, 450 TFLOP/s."""
 LOAD_S = 2.0
 """From a publication to a worker's acknowledgement, seconds, while it decodes on: 14 GB over 100 Gbit/s, and some."""
-LEARN_S = 4.0
-"""The learner's time for a step and for gathering its weights, seconds: below the 13 s that generation takes."""
+LEARN_S = 55.0
+"""The learner's time for a step and for gathering its weights, seconds: below the 105 s that generation takes."""
 NETWORK_S = 0.0005
 """A message's way from driver to worker or back, seconds."""
 BUFFER_BYTES_PER_WORKER = 64 * 2**20

@@ -1,4 +1,4 @@
-"""A learner that rests between steps, and what it holds is out of the way meanwhile, learns the same to the last bit."""
+"""A learner that rests between steps, everything it holds out of the way, learns the same to the last bit."""
 
 import pytest
 import torch
