@@ -144,7 +144,7 @@ def _loop(
 ) -> dict[str, float]:
     """Return what steps of bringing weights, generating and learning cost."""
     row_tokens = sizes.prompt + sizes.samples * sizes.response
-    config = LearnerConfig(backend="local", critic="none", microbatch_tokens=4 * row_tokens)
+    config = LearnerConfig(backend="local", microbatch_tokens=4 * row_tokens)
     transport = InProcessTransport()
     learner = learner_rank(
         directory, config, "grpo", num_threads=1, device=device.type, dtype="auto", transport=transport

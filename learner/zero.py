@@ -179,6 +179,9 @@ class ZeroEngine:
         """Move it back."""
         if self._is_offloaded:
             self._engine.reload_states()
+            # DeepSpeed ties parameters to new fragments of the masters, and would not tie their moments again
+            self._engine.optimizer._hp_optimizer_states_linked = False
+            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
             self._is_offloaded = False
 
     def close(self) -> None:

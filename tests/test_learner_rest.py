@@ -7,11 +7,14 @@ from tests.learner_toys import learner_config, learner_rank, parameters, toy_bat
 
 BACKENDS = {
     "local": {"backend": "local"},
-    "stage 0": {"backend": "zero", "zero_stage": 0},
-    "stage 1": {"backend": "zero", "zero_stage": 1},
-    "stage 2": {"backend": "zero", "zero_stage": 2},
     "two networks": {"backend": "local", "critic": "separate"},
+    "stage 2": {"backend": "zero", "zero_stage": 2},
+    "stage 1": {"backend": "zero", "zero_stage": 1},
+    "stage 0": {"backend": "zero", "zero_stage": 0},
 }
+every_backend = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("stage 0", "stage 1"))) for name in BACKENDS]
+)
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +37,7 @@ def learnt(directory, *, rests, **settings):
     return learner
 
 
-@pytest.mark.parametrize("name", BACKENDS)
+@every_backend
 def test_same_bits(name, directory):
     rested, other = (learnt(directory, rests=rests, **BACKENDS[name]) for rests in (True, False))
     pairs = zip(parameters(rested).items(), parameters(other).items(), strict=True)
