@@ -11,7 +11,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock, patch
 
 import pyarrow as pa
 import ray
@@ -38,9 +37,10 @@ from cluster.metrics import Recorder
 from cluster.pipeline import Pipeline
 from cluster.pipeline_core import PipelineCore
 from cluster.placement import Processes
-from cluster.pool import RayWorkers, fetch
+from cluster.pool import RayWorkers, fetch, unique_name
 from cluster.redo import RedoLog
 from cluster.storage import RunStorage
+from cluster.trackers import TensorBoard, Trackers
 from reward.samples import samples_of
 
 NUM_WORKERS, NUM_JUDGES = 16, 2
@@ -87,7 +87,7 @@ def _measure(config: RunConfig, directory: Path, scored: pa.Table, num_steps: in
     journal = LedgerStore(str(directory / "ledger.sqlite"))
     prompts = open_prompts(config, directory)
     core = PipelineCore(
-        config, prompts=prompts, workers=RayWorkers(specs, run="scale"), ledger=Ledger(), journal=journal
+        config, prompts=prompts, workers=RayWorkers(specs, run=unique_name("scale")), ledger=Ledger(), journal=journal
     )
     pipeline = Pipeline(core)
     try:
@@ -177,8 +177,9 @@ def redo_cost(*, num_groups: int) -> tuple[float, float]:
 def step_cost() -> float:
     """Return the CPU seconds of a step's metrics: journal, TensorBoard; Ray's gauges are in the calls' costs."""
     values = {f"metric_{number}": float(number) for number in range(_NUM_METRICS)}
-    with tempfile.TemporaryDirectory() as directory, patch.object(Recorder, "_gauge", lambda recorder, name: Mock()):
-        recorder = Recorder(RunStorage(f"{directory}/run"), last_step=0)
+    with tempfile.TemporaryDirectory() as directory:
+        trackers = Trackers([TensorBoard(f"{directory}/tensorboard", last_step=0)])
+        recorder = Recorder(RunStorage(f"{directory}/run"), last_step=0, trackers=trackers)
         recorder.record(1, values)
         started = time.thread_time()
         for step in range(2, 12):

@@ -15,6 +15,7 @@ class Pending:
 
     call: Call
     group: Group | None
+    sent_at: float
     deadline: float
 
 

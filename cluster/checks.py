@@ -27,6 +27,7 @@ def check_run(config: RunConfig) -> None:
     """
     problems = [
         *_directory(config),
+        *_trackers(config),
         *check_policy(config.policy),
         *check_data(config.prompts, where="prompts"),
         *check_reward(config.reward),
@@ -62,6 +63,17 @@ def _directory(config: RunConfig) -> Iterator[str]:
         yield f"run.dir must be absolute in a Ray job, whose working directory is temporary, got {directory!r}"
     elif os.path.exists(directory) and not os.path.isdir(directory):
         yield f"run.dir must be a directory, and {directory!r} is a file"
+
+
+def _trackers(config: RunConfig) -> Iterator[str]:
+    """Yield the packages that are not there; without importing them, which takes seconds."""
+    for name in config.run.trackers:
+        found = importlib.util.find_spec(name)
+        if found is None or found.origin is None:  # no origin: a directory of that name, which W&B leaves behind
+            yield (
+                f"run.trackers must name installed packages, and {name} is not one; install it with "
+                f"`pip install 'concord-rlhf[{name}]'`, or leave it out"
+            )
 
 
 def check_policy(policy: PolicyConfig, *, where: str = "policy.model") -> Iterator[str]:

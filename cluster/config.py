@@ -6,7 +6,7 @@ Nothing here imports torch, ray, deepspeed or transformers: a wrong setting is r
 import difflib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
@@ -33,6 +33,9 @@ class RunSection(Config):
     """Save resumable state each so many steps; also after the last one."""
     keep_checkpoints: int = Field(default=2, ge=1)
     """Checkpoints kept; older ones are deleted."""
+    trackers: Annotated[tuple[Literal["wandb", "mlflow"], ...], Field(strict=False)] = ()
+    """Where metrics are shown beside TensorBoard and Ray: wandb, mlflow; each needs its package, whose own
+    environment variables say where it sends to."""
 
 
 class WeightsConfig(Config):

@@ -56,8 +56,8 @@ class Dispatcher:
         self._rounds: dict[Any, Round] = {}
         self._waiting = Queue()
         self._generated = Queue()
-        self._calls = Calls()
-        self._heartbeats = Heartbeats(limits.heartbeat_s / 2, self.fleets[Role.ROLLOUT], self._calls)
+        self.calls = Calls()
+        self._heartbeats = Heartbeats(limits.heartbeat_s / 2, self.fleets[Role.ROLLOUT], self.calls)
         self._commands: list[Command] = []
         self._notes: list[str] = []
         self._counters: Counter[str] = Counter()
@@ -87,7 +87,7 @@ class Dispatcher:
         rounds = self._rounds.values()
         return {
             "queue_waiting": float(len(self._waiting)),
-            "queue_generating": float(self._calls.num(Verb.GENERATE)),
+            "queue_generating": float(self.calls.num(Verb.GENERATE)),
             "queue_unjudged": float(len(self._generated)),
             "queue_ready": float(sum(len(round_.finished) for round_ in rounds)),
             "buffer_bytes": float(sum(round_.num_bytes for round_ in rounds)),
@@ -97,7 +97,7 @@ class Dispatcher:
         """Ask every worker that is up for its counters, unless it still owes them."""
         for fleet in self.fleets.values():
             for member in fleet.members:
-                if member.state is MemberState.UP and not self._calls.owes(member.worker, Verb.STATS):
+                if member.state is MemberState.UP and not self.calls.owes(member.worker, Verb.STATS):
                     self._call(member.worker, Verb.STATS, None, now)
 
     def publish(self, weights: Weights, publication: Any, now: float, *, base: Weights | None = None) -> None:
@@ -129,7 +129,7 @@ class Dispatcher:
     @property
     def is_resting(self) -> bool:
         """Whether workers that were sent to rest have still to give their memory back."""
-        return self.distribution.is_resting or self._calls.num(Verb.SLEEP) > 0
+        return self.distribution.is_resting or self.calls.num(Verb.SLEEP) > 0
 
     def rest(self, now: float) -> None:
         """Have every rollout worker give its memory back; each takes on the newest weights when there is work."""
@@ -158,7 +158,7 @@ class Dispatcher:
 
     def replied(self, call_id: int, answer: Any, now: float) -> None:
         """Take an answer: a value or a `Failure`."""
-        pending = self._calls.pop(call_id)
+        pending = self.calls.pop(call_id)
         if pending is None:
             self._counters["num_fenced"] += not isinstance(answer, Failure)
         elif isinstance(answer, Failure):
@@ -169,7 +169,7 @@ class Dispatcher:
 
     def tick(self, now: float) -> None:
         """Look at the clock: deadlines, backoffs, heartbeats."""
-        for worker, verb in self._calls.late(now).items():
+        for worker, verb in self.calls.late(now).items():
             self._counters["num_deadlines"] += 1
             if verb is Verb.READY and worker.life == 0:
                 timeout_s = self.fleets[worker.role].config.ready_timeout_s
@@ -194,7 +194,7 @@ class Dispatcher:
     def _wakeups(self) -> Iterator[float]:
         if self.error is not None:
             return
-        yield from (at for at in (self._calls.next_deadline(), self._heartbeats.next()) if at is not None)
+        yield from (at for at in (self.calls.next_deadline(), self._heartbeats.next()) if at is not None)
         yield from self._waiting.wakeups()
         for fleet in self.fleets.values():
             yield from fleet.wakeups()
@@ -232,7 +232,7 @@ class Dispatcher:
         assert member is not None, f"{call.worker} has calls in flight"
         if failure.kind is FailureKind.DIED or call.verb in (Verb.READY, Verb.PING, Verb.SLEEP):
             if group is not None:
-                self._calls.add(pending)  # lost together with the worker's other calls
+                self.calls.add(pending)  # lost together with the worker's other calls
             self._lose(call.worker, failure.text, now)
             self._stop_if_unstartable(call, failure)
         elif call.verb is Verb.LOAD:
@@ -271,9 +271,9 @@ class Dispatcher:
         self._commands.append(Kill(worker=worker))
         self._notes.append(fleet.died(member, cause, now))
         self.stats.pop(worker, None)
-        lost = self._calls.of(worker)
+        lost = self.calls.of(worker)
         for pending in lost:
-            self._calls.pop(pending.call.call_id)
+            self.calls.pop(pending.call.call_id)
         for pending in lost:
             if pending.group is not None:
                 self._again(pending.group, f"{worker}: {cause}", now, backoff=False)
@@ -352,7 +352,7 @@ class Dispatcher:
         if not len(self._waiting) or self._waiting.first.round.rank <= min(r.rank for r in self._rounds.values()):
             return False
         buffered = sum(round_.num_bytes for round_ in self._rounds.values())
-        return buffered + (self._calls.num(Verb.GENERATE) + 1) * self._largest_group > self._limits.max_buffer_bytes
+        return buffered + (self.calls.num(Verb.GENERATE) + 1) * self._largest_group > self._limits.max_buffer_bytes
 
     def _load_and_generate(self, target: Weights, now: float) -> None:
         rollouts = self.fleets[Role.ROLLOUT]
@@ -396,5 +396,5 @@ class Dispatcher:
         lease = group.lease if group is not None else None
         call = Call(call_id=self._num_calls, worker=worker, verb=verb, payload=payload, lease=lease)
         deadline = now + (self._limits.timeout_s if timeout_s is None else timeout_s)
-        self._calls.add(Pending(call=call, group=group, deadline=deadline))
+        self.calls.add(Pending(call=call, group=group, sent_at=now, deadline=deadline))
         self._commands.append(call)

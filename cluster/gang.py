@@ -4,6 +4,7 @@ A gang does not outlive a failure: `cluster/recovery.py` starts another one and 
 """
 
 from collections.abc import Sequence
+from itertools import count
 from typing import Any
 
 import pyarrow as pa
@@ -145,12 +146,17 @@ class LearnerStarter:
         model_dir: where the ranks' model comes from.
         processes: how many, with what.
         transport: for the weights they publish.
+        run: a name for Ray's dashboard, unique on the cluster: its ranks are `walks-3fa2c1/learner-0.0`.
     """
 
-    def __init__(self, config: RunConfig, *, model_dir: str, processes: Processes, transport: WeightTransport) -> None:
+    def __init__(
+        self, config: RunConfig, *, model_dir: str, processes: Processes, transport: WeightTransport, run: str
+    ) -> None:
         self._config = config
         self._model_dir = model_dir
         self._transport = transport
+        self._run = run
+        self._lives = count()
         self._place = GangPlace(processes, ready_timeout_s=config.placement.ready_timeout_s)
 
     def __call__(self) -> LearnerGang:
@@ -160,8 +166,14 @@ class LearnerStarter:
             PlacementError: when the cluster cannot hold them in time.
             GangError: when their node fails meanwhile.
         """
-        timeout_s = self._config.pipeline.timeout_s
-        ranks = Ranks(_Rank, self._arguments, self._place, group_timeout_s=timeout_s)
+        timeout_s, life = self._config.pipeline.timeout_s, next(self._lives)
+        ranks = Ranks(
+            _Rank,
+            self._arguments,
+            self._place,
+            group_timeout_s=timeout_s,
+            name=lambda rank: f"{self._run}/learner-{rank}.{life}",
+        )
         return LearnerGang(ranks, timeout_s=timeout_s, ready_timeout_s=self._config.placement.ready_timeout_s)
 
     def close(self) -> None:

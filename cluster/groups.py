@@ -52,6 +52,8 @@ class Batch:
     """From the first lease to the last finished generation."""
     score_s: float = 0.0
     """From the last finished generation to the last score: what judging adds to the step."""
+    finished_at: float | None = None
+    """When the last score came, by the pipeline's clock; None for a batch that was read from the redo log."""
     after: dict[str, Any] = field(default_factory=dict)
     """Plain data for the redo log: where the prompts stand after this batch, leases, quarantined groups, and with
     dynamic sampling those that were dropped."""

@@ -1,15 +1,18 @@
 """Metrics of a run, once measured and written everywhere they are looked for.
 
-Journal (`metrics.jsonl`), table (`metrics.parquet`), TensorBoard, and Ray's metrics (dashboard, Prometheus).
+Journal (`metrics.jsonl`), table (`metrics.parquet`), and the trackers: TensorBoard, Ray (Prometheus), W&B, MLflow.
 """
 
 import json
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import pyarrow as pa
 
 from cluster.storage import RunStorage
+from cluster.timeline import TIMELINE
+from cluster.trackers import Trackers
 
 LEADING = (
     "step", "policy_version", "score_mean", "score_std", "kl", "response_length_mean",
@@ -26,7 +29,7 @@ IDLE = "idle_"
 RESIDENT = "resident_mb_"
 """First part of the names of a process's main memory, MiB."""
 
-_OF_THE_MACHINE = (FAULTS, IDLE, RESIDENT, "queue_", "buffer_")
+_OF_THE_MACHINE = (FAULTS, IDLE, RESIDENT, TIMELINE, "queue_", "buffer_")
 
 
 def is_of_the_machine(name: str) -> bool:
@@ -57,29 +60,38 @@ def read_journal(storage: RunStorage) -> list[dict[str, Any]]:
 class Recorder:
     """Owns a run's metric rows: one a step, and one for step 0 that holds the evaluation before training."""
 
-    def __init__(self, storage: RunStorage, *, last_step: int) -> None:
-        """Take back the rows up to `last_step`, a checkpoint's, and forget what came after it."""
-        from torch.utils.tensorboard import SummaryWriter
+    def __init__(self, storage: RunStorage, *, last_step: int, trackers: Trackers) -> None:
+        """Take back the rows up to `last_step`, a checkpoint's, and forget what came after it.
 
+        Args:
+            storage: the run's.
+            last_step: of the checkpoint that the run continues from, 0 for none.
+            trackers: where else each row is shown; they are closed with the recorder.
+        """
         self._storage = storage
+        self._trackers = trackers
         self._rows = [row for row in read_journal(storage) if row["step"] <= last_step]
         storage.write_text("".join(json.dumps(row) + "\n" for row in self._rows), _JOURNAL)
-        self._board = SummaryWriter(storage.path("tensorboard", "."), purge_step=last_step + 1)
-        self._gauges: dict[str, Any] = {}
 
     @property
     def rows(self) -> list[dict[str, Any]]:
         """Return all rows so far, in step order."""
         return self._rows
 
-    def record(self, step: int, values: Mapping[str, float]) -> None:
-        """Append one row."""
+    def record(
+        self, step: int, values: Mapping[str, float], processes: Mapping[str, float] = MappingProxyType({})
+    ) -> None:
+        """Append one row.
+
+        Args:
+            step: whose row it is.
+            values: its figures.
+            processes: figures of single workers, which trackers may show and no row holds.
+        """
         row = {"step": step, **values}
         self._rows.append(row)
         self._storage.append_text(json.dumps(row) + "\n", _JOURNAL)
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
-            self._gauge(name).set(value)
+        self._trackers.record(step, values, processes)
 
     def compact(self) -> None:
         """Write all rows as one Parquet table; a column that a row does not have is null there."""
@@ -89,16 +101,8 @@ class Recorder:
         columns = [name for name in LEADING if name in names] + sorted(names.difference(LEADING))
         table = pa.table({name: [row.get(name) for row in self._rows] for name in columns})
         self._storage.write_table(table, _TABLE)
-        self._board.flush()
 
     def close(self) -> None:
         """Write what is buffered."""
         self.compact()
-        self._board.close()
-
-    def _gauge(self, name: str) -> Any:
-        from ray.util.metrics import Gauge
-
-        if name not in self._gauges:
-            self._gauges[name] = Gauge(f"concord_{name}", description=f"Concord: {name} of the last step")
-        return self._gauges[name]
+        self._trackers.close()

@@ -109,6 +109,11 @@ class Pipeline:
         usage: dict[str, float] = self._ask(self._core.usage)
         return usage
 
+    def process_figures(self) -> dict[str, float]:
+        """Return figures of single workers, busy shares those of the last `usage`."""
+        figures: dict[str, float] = self._ask(self._core.process_figures)
+        return figures
+
     def state_dict(self) -> dict[str, Any]:
         """Return plain data for the checkpoint: how things stand without what was drawn ahead."""
         state: dict[str, Any] = self._ask(self._core.state_dict)

@@ -23,6 +23,7 @@ from cluster.ledger import GroupState, Ledger, LedgerJournal
 from cluster.limits import fleets, limits
 from cluster.messages import Kill, Start, Weights, Workers
 from cluster.open_round import OpenRound
+from cluster.processes import ProcessStatus, process_figures, worker_processes
 from cluster.rounds import Round
 from cluster.waves import NO_CONTRAST, Waves
 
@@ -96,6 +97,8 @@ class PipelineCore:
         self.on_progress: Progress = lambda what, done, total: None
         self.say: Callable[[str], None] = lambda text: None
         """Told, one line each, what goes wrong with workers and groups."""
+        self.on_processes: Callable[[list[ProcessStatus]], None] | None = None
+        """Shown what the workers do, after something has happened."""
         self._dispatcher.tick(clock())
 
     def ask(self, function: Callable[..., Any], *arguments: Any) -> "Future[Any]":
@@ -225,12 +228,18 @@ class PipelineCore:
         self._dispatcher.ask_stats(now)
         return figures
 
+    def process_figures(self) -> dict[str, float]:
+        """Return figures of single workers, busy shares those of the last `usage`."""
+        return process_figures(self._dispatcher)
+
     def flush(self) -> None:
-        """Give the journal what has happened."""
+        """Give the journal what has happened, and show what the workers do now."""
         self._flushed_at, self._has_news = self._clock(), False
         transitions = self._ledger.take_transitions()
         if transitions:
             self._journal.append(transitions, time.time())
+        if self.on_processes is not None:
+            self.on_processes(worker_processes(self._dispatcher, self._flushed_at))
 
     def close(self) -> None:
         """End all workers, and the journal, whatever either says."""
@@ -379,6 +388,7 @@ class PipelineCore:
             samples=pa.concat_tables([round_.finished[identity][1] for identity in identities]),
             generate_s=round_.last_generated_at - (round_.first_lease_at or 0.0),
             score_s=round_.last_finished_at - round_.last_generated_at,
+            finished_at=round_.last_finished_at,
             after=after,
         )
 

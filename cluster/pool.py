@@ -66,6 +66,11 @@ class GroupWork(Protocol):
         """Return one attempt's order."""
 
 
+def unique_name(run: str) -> str:
+    """Return a name for a run's processes: actors' names are unique on a cluster, and two runs may share one."""
+    return f"{run}-{secrets.token_hex(3)}"
+
+
 class RayWorkers:
     """The `Workers` of a run: one Ray actor for each process, restarted and retried by nobody but the dispatcher.
 
@@ -74,22 +79,22 @@ class RayWorkers:
 
     Args:
         specs: role -> worker class, its constructor's arguments, and what its processes may use.
-        run: a name for Ray's dashboard.
+        run: a name for Ray's dashboard, which no other run on the cluster has, see `unique_name`.
     """
 
-    def __init__(self, specs: Mapping[Role, tuple[type, Mapping[str, Any], Processes]], *, run: str = "run") -> None:
+    def __init__(self, specs: Mapping[Role, tuple[type, Mapping[str, Any], Processes]], *, run: str) -> None:
         self._specs: dict[Role, tuple[Any, Mapping[str, Any], Processes]] = {
             role: (ray.remote(worker_class), arguments, processes)
             for role, (worker_class, arguments, processes) in specs.items()
         }
-        self._prefix = f"{run}-{secrets.token_hex(3)}"  # names are unique on a cluster, and runs may share one
+        self._run = run
         self._actors: dict[WorkerId, _Actor] = {}
         self._unstarted: dict[WorkerId, Failure] = {}
 
     def start(self, worker: WorkerId) -> None:
         """Create a process; whether Ray takes it, it has a place and comes up shows in its answer to READY."""
         actor_class, arguments, processes = self._specs[worker.role]
-        options = processes.options() | {"name": f"{self._prefix}/{worker}"}
+        options = processes.options() | {"name": f"{self._run}/{worker}"}
         try:
             _check_connected()
             self._actors[worker] = _Actor(actor_class.options(**options).remote(**arguments))

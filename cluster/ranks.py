@@ -75,6 +75,7 @@ class Ranks:
         arguments: rank -> its keyword arguments.
         place: where they run.
         group_timeout_s: longest wait of a rank for its peers.
+        name: rank -> its name on Ray's dashboard.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class Ranks:
         place: GangPlace,
         *,
         group_timeout_s: float,
+        name: Callable[[int], str],
     ) -> None:
         processes = place.processes
         self._group = place.reserve()
@@ -100,6 +102,7 @@ class Ranks:
                 "CONCORD_GROUP_TIMEOUT_S": str(group_timeout_s),
             }
             options = processes.options() | {
+                "name": name(rank),
                 "runtime_env": {"env_vars": processes.environment | variables},
                 "scheduling_strategy": self._strategy(rank),
             }

@@ -1,6 +1,7 @@
 """A training run: a session with a directory of its own, and the verbs of the loop (`loop.py`)."""
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -11,6 +12,7 @@ import pyarrow.compute as pc
 
 from actors.memory import resident_bytes
 from cluster.claim import claim
+from cluster.gauges import RayGauges
 from cluster.incarnations import DurableIncarnations
 from cluster.interrupt import StopRequest
 from cluster.ledger import LedgerJournal
@@ -23,7 +25,10 @@ from cluster.recovery import StepResult
 from cluster.redo import RedoError
 from cluster.session import STATE_FILE, Session
 from cluster.status import LEDGER_FILE
+from cluster.timeline import Phase
+from cluster.trackers import TensorBoard, Trackers, make_tracker
 from cluster.usage import learner_idle
+from cluster.watch import Watch
 
 NON_FINITE = "non_finite"
 """Why the groups of a skipped step are dropped."""
@@ -42,6 +47,7 @@ class Run(Session):
     """
 
     recorder: Recorder
+    watch: Watch
     stop: StopRequest
     _step_started: float
     _waited_s: float
@@ -69,7 +75,7 @@ class Run(Session):
             while self.step < self.config.run.num_steps:
                 if self.stop.requested:
                     raise Stopped
-                self._step_started = time.perf_counter()
+                self._step_started = time.monotonic()
                 yield self.step + 1
 
     def take_batch(self, step: int) -> Batch:
@@ -85,7 +91,8 @@ class Run(Session):
         self._waited_s = 0.0
         if self.redo.has(step) and (batch := self._from_redo_log(step)) is not None:
             return batch
-        batch = self._asking(lambda: self._wait_for_batch(step), version=step - 1)
+        with self.watch.phase(Phase.WAIT, step):
+            batch = self._asking(lambda: self._wait_for_batch(step), version=step - 1)
         self._waited_s = time.perf_counter() - started
         oldest = pc.min(batch.samples["oldest_version"]).as_py()
         assert oldest >= step - 1 - self.config.pipeline.max_staleness, f"step {step} was given version {oldest}"
@@ -94,9 +101,15 @@ class Run(Session):
 
     def learn(self, batch: Batch) -> StepResult:
         """Train on a batch; the checkpoint that the ranks have been writing meanwhile is completed before."""
-        self.give_turn("learner")
-        self._finish_checkpoint()
-        return self.learner.step(batch)
+        with self.watch.phase(Phase.LEARN, batch.step):
+            self.give_turn("learner")
+            self._finish_checkpoint()
+            return self.learner.step(batch)
+
+    def publish(self, version: int) -> None:
+        """Give the learner's weights to every rollout worker as `version`."""
+        with self.watch.phase(Phase.PUBLISH, version):
+            super().publish(version)
 
     def evaluate_start(self) -> None:
         """Evaluate the policy before training; a resumed run has done so."""
@@ -113,7 +126,8 @@ class Run(Session):
 
     def evaluate(self, version: int) -> dict[str, float]:
         """Evaluate the current policy and keep its answers in the run directory."""
-        batch, metrics = self._asking(lambda: self.answer_held_out(version), version=version)
+        with self.watch.phase(Phase.EVALUATE, version):
+            batch, metrics = self._asking(lambda: self.answer_held_out(version), version=version)
         self.storage.write_table(self.tables(batch), "evaluation", f"step-{version}.parquet")
         return metrics
 
@@ -122,7 +136,7 @@ class Run(Session):
         self._counts = self.pipeline.settle(batch, dropped=None if result.skipped is None else NON_FINITE)
         self._state = self.pipeline.state_dict()
         self._is_skipped = result.skipped is not None
-        step_s = time.perf_counter() - self._step_started
+        step_s = time.monotonic() - self._step_started
         metrics = {
             "policy_version": step,
             **result.metrics,
@@ -135,6 +149,7 @@ class Run(Session):
             **self.pipeline.usage(),
             **learner_idle(step_s, waited_s=self._waited_s, publish_s=self.publish_s),
             "resident_mb_driver": resident_bytes() / 2**20,
+            **self.watch.timeline.take(self._step_started, batch),
             **{f"groups_{name}": count for name, count in self._counts.items()},
             **{f"{FAULTS}{name}": count for name, count in self._fault_counts().items()},
         }
@@ -142,7 +157,7 @@ class Run(Session):
             metrics["tokens_per_s"] = metrics["num_tokens"] / metrics["step_s"]
         else:
             self.display.say(f"step {step} is skipped, its groups are dropped: {result.skipped.reason}")
-        self.recorder.record(step, metrics)
+        self.recorder.record(step, metrics, self.pipeline.process_figures())
         self.display.step({"step": step, **metrics}, self.config.run.num_steps)
         self.step = step
         return metrics
@@ -155,7 +170,8 @@ class Run(Session):
         """
         is_due = step % self.config.run.checkpoint_every == 0 and not self._is_skipped
         if is_due or step == self.config.run.num_steps:
-            self._tolerating(self._begin_checkpoint)
+            with self.watch.phase(Phase.CHECKPOINT, step):
+                self._tolerating(self._begin_checkpoint)
 
     def finish(self) -> None:
         """Export the policy after the last step, once that step's checkpoint is whole.
@@ -244,6 +260,7 @@ class Run(Session):
             "num_failed_checkpoints": self._num_failed_checkpoints,
             "num_failed_ledger_writes": self._store.num_failed_writes,
             "num_lost_ledger_transitions": self._store.num_lost,
+            "num_failed_trackers": self._trackers.num_failed,
         }
 
     def _begin_checkpoint(self) -> None:
@@ -293,13 +310,29 @@ class Run(Session):
         self._num_failed_checkpoints = 0
         self._exit.callback(claim(self.storage, self.config).close)
         self.storage.open_for_writing(self.display.say)
+        self.watch = Watch(self.storage.directory, num_ranks=self.config.learner.num_ranks)
+        self._on_processes = self.watch.workers
+        self._open_trackers()
         super()._open()
         self._saved = self.step
         self._counts = self.pipeline.counts()
         self._state = self.pipeline.state_dict()
-        self.recorder = Recorder(self.storage, last_step=self.step)
+        self._trackers.add(TensorBoard(self.storage.path("tensorboard", "."), last_step=self.step))
+        self._trackers.add(RayGauges(os.path.basename(self.storage.directory), list(self.config.reward.components)))
+        self.recorder = Recorder(self.storage, last_step=self.step, trackers=self._trackers)
         self._exit.callback(self._close_records)
         self.stop = self._exit.enter_context(StopRequest())  # Ray has put handlers of its own there before
+
+    def _open_trackers(self) -> None:
+        """Open those that a person has asked for before any process starts: they may want a login."""
+        self._trackers = Trackers(say=self.display.say)
+        self._exit.callback(self._trackers.close)
+        for name in self.config.run.trackers:
+            self._trackers.add(make_tracker(name, self.config, self.storage))
+
+    def _say_of_learner(self, text: str) -> None:
+        self.watch.learner_lost()
+        super()._say_of_learner(text)
 
     def _begin_without_checkpoint(self) -> None:
         self.display.say("no whole checkpoint is left; the run starts again and learns the steps in rollouts/ again")

@@ -4,7 +4,7 @@ import importlib.util
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import count
@@ -28,7 +28,8 @@ from cluster.messages import Role, Weights
 from cluster.pipeline import Batch, Pipeline
 from cluster.pipeline_core import PipelineCore
 from cluster.placement import Placement, PlacementError, join_cluster, plan_placement
-from cluster.pool import RayWorkers, fetch
+from cluster.pool import RayWorkers, fetch, unique_name
+from cluster.processes import ProcessStatus
 from cluster.progress import Display
 from cluster.recovery import RecoveringLearner
 from cluster.redo import RedoLog
@@ -57,6 +58,7 @@ class Session:
     _stream_members: tuple[str | int, ...] = ()
     _stream_epoch: int = 0
     _sources: list[PromptSource]
+    _on_processes: Callable[[list[ProcessStatus]], None] | None = None
 
     def __init__(self, config: RunConfig, *, display: Display | None = None) -> None:
         self.config = config
@@ -184,6 +186,10 @@ class Session:
                 )
             self.display.say("vLLM draws its own random numbers: what is generated again has other bits")
 
+    def _say_of_learner(self, text: str) -> None:
+        """Be told that the learner is started again."""
+        self.display.say(text)
+
     def _begin_without_checkpoint(self) -> None:
         """Decide what to do where every checkpoint is damaged."""
         raise StorageError(
@@ -267,18 +273,22 @@ class Session:
             Role.ROLLOUT: (RolloutWorker, rollout_arguments, placement.rollout),
             Role.REWARD: (RewardWorker, reward_arguments, placement.reward),
         }
-        workers = RayWorkers(specs, run=name)
+        names = unique_name(name)
+        workers = RayWorkers(specs, run=names)
         core = PipelineCore(config, prompts=prompts, workers=workers, ledger=Ledger(), journal=self._journal())
         core.on_progress = self.display.groups
         core.say = self.display.say
+        core.on_processes = self._on_processes
         self.pipeline = Pipeline(core)
         self._exit.callback(self.pipeline.close)
-        self._start_learner(placement, transport)
+        self._start_learner(placement, transport, names)
         self._wait_ready()
 
-    def _start_learner(self, placement: Placement, transport: ObjectStoreTransport) -> None:
+    def _start_learner(self, placement: Placement, transport: ObjectStoreTransport, names: str) -> None:
         config = self.config
-        starter = LearnerStarter(config, model_dir=self._model_dir, processes=placement.learner, transport=transport)
+        starter = LearnerStarter(
+            config, model_dir=self._model_dir, processes=placement.learner, transport=transport, run=names
+        )
         self._exit.callback(starter.close)
 
         def make_controller() -> StepController:
@@ -298,7 +308,7 @@ class Session:
             self.redo,
             incarnations=self._incarnations(),
             max_restarts=config.pipeline.max_restarts,
-            say=self.display.say,
+            say=self._say_of_learner,
         )
         self._exit.callback(self.learner.close)
 

@@ -6,6 +6,8 @@ rollouts/step-N.parquet     what step N trained on: the redo log
 evaluation/step-N.parquet   held-out responses of policy version N
 checkpoints/step-N/    resumable state; `checkpoints.py` says when it is whole
 ledger.sqlite          what happened to each group, for people to read
+processes.json         what each process does now, for people to read
+trackers.json          ids of the pages that MLflow and W&B have of the run
 incarnation            the last number given to a lineage of weights
 policy/                the last policy, for `from_pretrained`
 tensorboard/           event files

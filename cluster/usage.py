@@ -70,6 +70,11 @@ class Usage:
             self._reasons = self._waited(now)
             self._reason, self._reason_since = reason, now
 
+    @property
+    def reason(self) -> Activity:
+        """What idle workers wait for now."""
+        return self._reason
+
     def observe(self, slot: int, activity: Activity, now: float) -> None:
         """Say what a slot's worker does from now on."""
         if activity is not self._activities[slot]:
@@ -114,6 +119,8 @@ class FleetUsage:
     def __init__(self, fleets: Mapping[Role, Fleet]) -> None:
         self._fleets = fleets
         self._usages: dict[Role, Usage] = {}
+        self.busy: dict[tuple[Role, int], float] = {}
+        """Role and slot -> share of the time before the last `take_metrics` in which the worker had groups."""
 
     def observe(self, target: Weights | None, *, is_held_back: bool, now: float) -> None:
         """Note what every worker does from now on.
@@ -131,6 +138,10 @@ class FleetUsage:
                 activity = activity_of(member, target if role is Role.ROLLOUT else None)
                 usage.observe(member.worker.slot, activity, now)
 
+    def reason(self, role: Role) -> Activity:
+        """Return what a role's idle workers wait for now."""
+        return self._usages[role].reason
+
     def take_metrics(self, now: float) -> dict[str, float]:
         """Return shares of the time since the last call.
 
@@ -139,6 +150,7 @@ class FleetUsage:
         figures: dict[str, float] = {}
         for role, usage in self._usages.items():
             shares = usage.take(now)
+            self.busy |= {(role, slot): share.get("busy", 0.0) for slot, share in enumerate(shares)}
             for reason in _REASONS[role]:
                 total = sum(share.get(str(reason), 0.0) for share in shares)
                 figures[f"idle_{role}_{reason}"] = total / max(1, len(shares))

@@ -10,8 +10,8 @@ from unittest.mock import patch
 
 import pyarrow as pa
 
-import cluster.metrics
 import cluster.run
+import cluster.watch
 from actors.prompts import DrawnPrompt
 from cluster.config import RunConfig
 from cluster.interrupt import StopRequest
@@ -215,8 +215,8 @@ def standing_in(place: Place) -> Iterator[None]:
     }
     with (
         patch.multiple("cluster.session", **stand_ins),
-        patch("torch.utils.tensorboard.SummaryWriter", Nobody),
-        patch.object(cluster.metrics.Recorder, "_gauge", lambda self, name: Nobody()),
+        patch.multiple(cluster.run, TensorBoard=Nobody, RayGauges=Nobody),
+        patch.object(cluster.watch, "write_processes", Nobody()),
         patch.object(cluster.run, "LedgerStore", partial(_Journal, place)),
         patch.object(cluster.run, "claim", Nobody),
         patch.object(cluster.run, "StopRequest", partial(StopRequest, say=world.tell)),

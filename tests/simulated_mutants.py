@@ -29,10 +29,10 @@ def late_reply_accepted() -> Iterator[None]:
 
     def remembering_call(self: Dispatcher, *arguments: Any, **options: Any) -> None:
         call(self, *arguments, **options)
-        remembered[id(self), self._num_calls] = self._calls._calls[self._num_calls]
+        remembered[id(self), self._num_calls] = self.calls._calls[self._num_calls]
 
     def accepting_replied(self: Dispatcher, call_id: int, answer: Any, now: float) -> None:
-        pending = None if call_id in self._calls._calls else remembered.pop((id(self), call_id), None)
+        pending = None if call_id in self.calls._calls else remembered.pop((id(self), call_id), None)
         if pending is None or pending.group is None or isinstance(answer, Failure):
             replied(self, call_id, answer, now)
             return

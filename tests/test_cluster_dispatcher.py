@@ -125,12 +125,12 @@ def test_forgotten_answers_would_be_noticed():
     world = World(rollouts=2)
     world.begin("a")
     (a,) = world.calls(Verb.GENERATE)
-    (pending,) = world.dispatcher._calls.of(a.worker)
+    (pending,) = world.dispatcher.calls.of(a.worker)
     world.fail(a, FailureKind.INFRA)
     world.tick(1.0)
     (again,) = world.calls(Verb.GENERATE)
     world.answer(again, "rollouts")
-    world.dispatcher._calls.add(pending)
+    world.dispatcher.calls.add(pending)
     with pytest.raises(RuntimeError, match=r"lease|cannot go"):
         world.answer(a, "late")
 

@@ -19,7 +19,7 @@ from actors.rollout_worker import RolloutError
 from actors.schema import from_stream
 from cluster.messages import Call, Failure, FailureKind, Lease, Role, Verb, Weights, WorkerId
 from cluster.placement import Processes
-from cluster.pool import RayWorkers, failure
+from cluster.pool import RayWorkers, failure, unique_name
 from reward.errors import RewardError
 
 TIMEOUT_S = 30
@@ -106,7 +106,7 @@ class Bench:
                 Role.ROLLOUT: (StubRollouts, {"mood": mood}, processes),
                 Role.REWARD: (StubRewards, {}, processes),
             },
-            run="bench",
+            run=unique_name("bench"),
         )
         self.answers = queue.Queue()
         self.num_calls = 0

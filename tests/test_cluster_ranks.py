@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from cluster.placement import PlacementError, Processes, check_gpus
+from cluster.pool import unique_name
 from cluster.ranks import GangError, GangPlace, Ranks
 
 
@@ -62,7 +63,10 @@ def ranks(place):
 
 
 def start(place):
-    return Ranks(Toy, lambda rank: {"rank": rank}, place, group_timeout_s=7.5)
+    run = unique_name("toys")
+    return Ranks(
+        Toy, lambda rank: {"rank": rank}, place, group_timeout_s=7.5, name=lambda rank: f"{run}/learner-{rank}.0"
+    )
 
 
 def gather(ranks, method, *arguments, timeout_s=60.0):
