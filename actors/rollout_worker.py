@@ -76,12 +76,17 @@ class RolloutWorker:
             torch.set_num_threads(num_threads)
         torch.manual_seed(seed)
         self._run_id = run_id
+        self._shown = f"run {run_id}, engine {rollouts.engine}, {rollouts.max_rows} rows, {device}"
         self._transport = transport
         self._fetch_timeout_s = fetch_timeout_s
         self._stall_s = stall_s
         self._update_mode = update_mode
         self._receiver = StreamReceiver()
         self._thread = EngineThread(make_engine(model_dir, policy, rollouts, torch.device(device)))
+
+    def __repr__(self) -> str:
+        """Say what is here, for process lists such as Ray's dashboard."""
+        return f"RolloutWorker({self._shown})"
 
     async def generate(self, prompt: pa.Table | bytes, lease: Lease) -> tuple[pa.Table, dict[str, float]]:
         """Generate one group.

@@ -86,6 +86,7 @@ class LearnerRank:
         self._model_dir = model_dir
         self._algorithm = algorithm
         self._rank = rank
+        self._shown = f"rank {rank} of {world_size}, {algorithm.name}, {learner.backend}, {device}"
         self._device = torch.device(device)
         self._max_new_tokens, self._credit = max_new_tokens, credit
         self._max_staleness = max_staleness
@@ -119,6 +120,10 @@ class LearnerRank:
             kept_bytes=learner.first_epoch_bytes,
         )
         self._saver = state.Saver()
+
+    def __repr__(self) -> str:
+        """Say what is here, for process lists such as Ray's dashboard."""
+        return f"LearnerRank({self._shown})"
 
     def step(self, tables: Sequence[pa.Table], plan: StepPlan) -> dict[str, float] | Skipped:
         """Learn from one batch.

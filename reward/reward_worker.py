@@ -74,6 +74,7 @@ class RewardWorker:
         if num_threads > 0:
             torch.set_num_threads(num_threads)
         self._configs = reward.components
+        self._device = device
         self._functions: dict[str, RewardFunction] = {}
         self._models: dict[str, Ensemble] = {}
         place = torch.device(device)
@@ -95,6 +96,11 @@ class RewardWorker:
             if policy_dir is None:
                 raise ValueError("reward.credit must come with the policy's directory, got none; it has the tokenizer")
             self._tokenizer = load_tokenizer(policy_dir, trust_remote_code=policy.trust_remote_code)
+
+    def __repr__(self) -> str:
+        """Say what is here, for process lists such as Ray's dashboard."""
+        judges = [*self._configs, *(["reference policy"] if self._reference is not None else [])]
+        return f"RewardWorker({', '.join(judges)}, {self._device})"
 
     def ping(self) -> str:
         """Return as soon as the worker is ready."""

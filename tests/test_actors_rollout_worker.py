@@ -120,6 +120,10 @@ def test_a_group_is_a_complete_rollouts_table(make_worker):
     assert numbers["generate_s"] > 0
 
 
+def test_a_worker_says_in_process_lists_what_it_is(make_worker):
+    assert repr(make_worker()) == "RolloutWorker(run run-1, engine torch, 8 rows, cpu)"
+
+
 def test_a_retried_lease_on_a_busy_worker_gives_the_same_rows(make_worker):
     async def crowd(worker):
         others = [worker.generate(prompt(f"o{i}", range(1, 3 + i)), lease(f"o{i}", num_samples=4)) for i in range(5)]

@@ -137,6 +137,7 @@ def test_the_order_of_tables_and_rows_does_not_matter(toy, plain):
         shuffle.shuffle(tables)
         learner.step(tables, batch.plan)
     assert difference(parameters(learner), plain["trunk"]) == 0.0
+    assert repr(learner) == "LearnerRank(rank 0 of 1, ppo, local, cpu)", "for process lists such as Ray's dashboard"
 
 
 def test_metrics_of_the_first_step(toy):

@@ -130,6 +130,11 @@ def test_chat_prompts_reach_functions_as_messages_with_columns():
     assert [dict(row)["topic"] for row in scored["components"].to_pylist()] == [0.0, 1.0, 0.0]
 
 
+def test_a_worker_says_in_process_lists_what_it_is():
+    judges = {name: {"function": f"worker_rules:{name}"} for name in ("length", "topic")}
+    assert repr(worker(judges)) == "RewardWorker(length, topic, cpu)"
+
+
 def test_an_ensemble_records_its_disagreement(reward_model):
     component = {"model": reward_model, "ensemble": [reward_model], "input": "response"}
     scored, _ = worker({"model": component}).score(rollouts())
