@@ -19,6 +19,7 @@ from cluster.claim import holder
 from cluster.ledger import FINAL, GroupState
 from cluster.ledger_history import Event, InFlight, LedgerHistory, reading
 from cluster.metrics import FAULTS, IDLE, RESIDENT, read_journal
+from cluster.processes import ProcessStatus, read_processes
 from cluster.storage import RunStorage, StorageError
 
 LEDGER_FILE = "ledger.sqlite"
@@ -91,6 +92,10 @@ class RunStatus:
     """Role_reason -> share of the newest step, as `idle_` metrics say."""
     resident_mb: dict[str, float]
     """Process -> main memory at the newest step, MiB."""
+    at: float
+    """When it was looked at, Unix time, seconds."""
+    processes: tuple[ProcessStatus, ...]
+    """What each process does; empty where the run does not work."""
     notes: tuple[str, ...]
 
 
@@ -126,8 +131,16 @@ def run_status(run_dir: str, *, now: float) -> RunStatus:
         figures=_figures(rows),
         idle=_named(last, IDLE),
         resident_mb=_named(last, RESIDENT),
+        at=now,
+        processes=_processes(storage),
         notes=ledger.notes,
     )
+
+
+def _processes(storage: RunStorage) -> tuple[ProcessStatus, ...]:
+    """Return the newest view of a run that works; one that has ended has left its last."""
+    found = read_processes(storage.directory) if holder(storage) else None
+    return found or ()
 
 
 def _named(row: dict[str, Any], prefix: str) -> dict[str, float]:

@@ -16,8 +16,11 @@ from rich.text import Text
 from cluster.config import ConfigError
 from cluster.ledger import GroupState
 from cluster.ledger_history import Event, LedgerHistory, reading
-from cluster.status import LEDGER_FILE, MAX_SHOWN, GroupStatus, RunStatus, weights_of
+from cluster.status import LEDGER_FILE, MAX_SHOWN, RunStatus, weights_of
 from cluster.storage import RunStorage
+
+MAX_PROCESSES_SHOWN = 40
+"""Processes in the table; `--json` has all."""
 
 
 def render_status(status: RunStatus) -> RenderableType:
@@ -27,6 +30,8 @@ def render_status(status: RunStatus) -> RenderableType:
     for name, value in _overview(status):
         _add_row(overview, name, value)
     parts: list[RenderableType] = [overview]
+    if status.processes:
+        parts.append(_processes(status))
     if status.in_flight:
         names = ("group", "state", "worker", "lease", "lease age", "weights", "step")
         table = _table(*names, title=_titled("groups in flight", status.in_flight, status.groups.in_flight))
@@ -83,6 +88,18 @@ def shown(text: str) -> str:
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
     )
+
+
+def _processes(status: RunStatus) -> Table:
+    """Return who does what; the age is that of the oldest lease, or of whatever else the process was asked."""
+    names = ("process", "state", "does", "waits for", "weights", "lease age", "memory")
+    table = _table(*names, title=_titled("processes", status.processes, len(status.processes), MAX_PROCESSES_SHOWN))
+    # Those that somebody may have to look at come first.
+    for process in sorted(status.processes, key=lambda process: process.state == "up")[:MAX_PROCESSES_SHOWN]:
+        age = None if process.since is None else _seconds(status.at - process.since)
+        memory = None if process.resident_mb is None else f"{process.resident_mb:.0f} MiB"
+        _add_row(table, process.name, process.state, process.does, process.waits_for, process.weights, age, memory)
+    return table
 
 
 def _overview(status: RunStatus) -> list[tuple[str, str]]:
@@ -155,8 +172,8 @@ def _unknown(history: LedgerHistory, name: str) -> str:
     return f"--why must name a prompt or a group that the run has accepted, got {shown(name)}; {hint}"
 
 
-def _titled(name: str, listed: Sequence[GroupStatus], total: int) -> str:
-    count = min(len(listed), MAX_SHOWN)
+def _titled(name: str, listed: Sequence[object], total: int, limit: int = MAX_SHOWN) -> str:
+    count = min(len(listed), limit)
     return f"{name} ({total})" if count >= total else f"{name} ({count} of {total})"
 
 

@@ -17,6 +17,7 @@ from cluster.claim import claim
 from cluster.config import ConfigError, RunConfig, load, to_yaml, validate
 from cluster.ledger import GroupState, Ledger
 from cluster.ledger_store import LedgerStore
+from cluster.processes import ProcessStatus, write_processes
 from cluster.status import LEDGER_FILE, MAX_SHOWN, run_status
 from cluster.status_page import shown
 from cluster.storage import RunStorage
@@ -378,3 +379,34 @@ def test_resume_with_other_learning_is_one_clear_error(run_dir, invoke, trained,
     with pytest.raises(ConfigError, match=expected):
         invoke("resume", run_dir, *overrides)
     assert trained == []
+
+
+def _process(name, **facts):
+    known = {"state": "up", "does": "", "waits_for": "", "weights": None, "since": None, "resident_mb": None}
+    return ProcessStatus(name=name, **known | facts)
+
+
+def test_each_process_of_a_run_that_works_is_told(run_dir, invoke):
+    lock = claim(RunStorage(str(run_dir)), _config(run_dir))
+    busy = _process("rollout-0.0", does="generates 2 groups", weights="3", since=time.time() - 90.0, resident_mb=412.3)
+    idle = _process("reward-0.0", waits_for=f"rollouts {HOSTILE}")
+    down = _process("rollout-1.4", state="down", waits_for="its next start, in 2.0 s")
+    write_processes(str(run_dir), [busy, idle, down])
+    try:
+        text = invoke("status", run_dir)[1]
+        found = json.loads(invoke("status", run_dir, "--json")[1])
+    finally:
+        lock.close()
+    rows = [row for row in _cells(text) if row[1] in ("up", "down")]
+    assert [row[0] for row in rows] == ["rollout-1.4", "rollout-0.0", "reward-0.0"], "who needs a look comes first"
+    assert rows[1][1:5] == ["up", "generates 2 groups", "", "3"]
+    assert 90.0 <= float(rows[1][5].removesuffix(" s")) < 150.0
+    assert rows[1][6] == "412 MiB"
+    assert rows[2][3] == shown(f"rollouts {HOSTILE}")
+    assert [process["name"] for process in found["processes"]] == ["rollout-0.0", "reward-0.0", "rollout-1.4"]
+
+
+def test_processes_of_a_run_that_has_ended_are_gone(run_dir, invoke):
+    write_processes(str(run_dir), [_process("rollout-0.0")])
+    assert "rollout-0.0 │ up" not in invoke("status", run_dir)[1]
+    assert run_status(str(run_dir), now=NOW).processes == ()
