@@ -120,6 +120,19 @@ def report(run_dir: RunDirectory) -> None:
 
 
 @app.command()
+def dashboard(
+    output: Annotated[
+        str, typer.Option(metavar="DIRECTORY", help="Where your Grafana is provisioned from; default: Ray's own.")
+    ] = "",
+) -> None:
+    """Install the Grafana dashboard of all runs on the cluster, and say how to open it."""
+    from cluster.grafana import install
+
+    path, next_step = install(output)
+    print(f"Dashboard: {path}\n{next_step}")
+
+
+@app.command()
 def status(
     run_dir: RunDirectory,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
