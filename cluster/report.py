@@ -1,12 +1,14 @@
 """`concord report`: one self-contained HTML page about a run.
 
-Everything in the page comes from the run directory; nothing is fetched when it is read and no script runs.  Text from
-data sets and models is escaped: it can only ever be text.
+Everything in the page comes from the run directory, and nothing is fetched when it is read.  Text from data sets and
+models is escaped, or data that the sample browser makes text of: it can only ever be text.  The browser's is the one
+script that the page's policy lets run.
 """
 
 import html
 import json
 import os
+import time
 from collections.abc import Sequence
 from importlib.resources import files
 from string import Template
@@ -18,8 +20,12 @@ import yaml
 
 from cluster.charts import Chart, Columns, charts_of, draw
 from cluster.metrics import read_journal
+from cluster.report_parts import policy, render_browser, render_ledger, render_timeline
+from cluster.sample_browser import MAX_SAMPLES, browser_data
 from cluster.samples import render_samples
+from cluster.status import run_status
 from cluster.storage import RunStorage
+from cluster.timeline import TIMELINE
 
 _MAX_QUARANTINED_SHOWN = 50
 
@@ -37,6 +43,8 @@ def build_report(run_dir: str) -> str:
     summary = json.loads(storage.read_text("summary.json")) if storage.exists("summary.json") else {}
     charts = charts_of(list(config["reward"]["components"]), columns)
     before, after = _evaluations(storage)
+    weights = {name: component["weight"] for name, component in config["reward"]["components"].items()}
+    browser, script = render_browser(browser_data(storage, weights), limit=MAX_SAMPLES)
     page = Template(files("cluster").joinpath("report_page.html").read_text(encoding="utf-8"))
     text = page.substitute(
         title=html.escape(os.path.basename(storage.directory)),
@@ -45,6 +53,10 @@ def build_report(run_dir: str) -> str:
         missing=_missing(charts, columns),
         charts="\n".join(_figure(chart, columns, f"c{number}") for number, chart in enumerate(charts)),
         samples=render_samples(before, after),
+        policy=policy(script),
+        browser=browser,
+        timeline=render_timeline(columns),
+        ledger=render_ledger(run_status(run_dir, now=time.time())),
         data=_data(summary),
         metrics=_metrics_table(columns),
         config=html.escape(config_text),
@@ -181,6 +193,8 @@ def _metrics_table(columns: Columns) -> str:
     head = "".join(f"<th>{name}</th>" for name in ("metric", "first", "last", "lowest", "highest"))
     body = ""
     for name in columns:
+        if name.startswith(TIMELINE):
+            continue
         known = _known(name, columns)
         numbers = (known[0], known[-1], known.min(), known.max()) if known.size else ()
         cells = "".join(f"<td>{number:.6g}</td>" for number in numbers) or '<td colspan="4">never measured</td>'

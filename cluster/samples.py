@@ -48,7 +48,7 @@ def _key(row: dict[str, Any]) -> Key:
 
 def _pair(before: dict[str, Any], after: dict[str, Any]) -> str:
     answers = _answer("before", before) + _answer("after", after)
-    prompt = html.escape(_clipped(_readable(before["prompt"])))
+    prompt = html.escape(_clipped(readable(before["prompt"])))
     return f'<article class="card"><p class="prompt">{prompt}</p><div class="pair">{answers}</div></article>'
 
 
@@ -64,7 +64,8 @@ def _answer(when: str, row: dict[str, Any]) -> str:
     )
 
 
-def _readable(prompt: str) -> str:
+def readable(prompt: str) -> str:
+    """Return a prompt column's text for a person: chat messages with their roles, a single one without."""
     parsed = parse_prompt(prompt)
     if isinstance(parsed, str):
         return parsed

@@ -1,5 +1,7 @@
 """The report: what it shows, what it leaves out with a note, and that hostile text stays text."""
 
+import base64
+import hashlib
 import html
 import json
 import re
@@ -12,7 +14,10 @@ import pytest
 
 from cluster.charts import charts_of
 from cluster.config import RunConfig, to_yaml, validate
+from cluster.ledger import GroupState, Ledger
+from cluster.ledger_store import LedgerStore
 from cluster.report import build_report
+from cluster.status import LEDGER_FILE
 from reward.schema import SCORED
 
 NUM_STEPS = 40
@@ -126,15 +131,24 @@ class _Page(HTMLParser):
     def __init__(self, text):
         super().__init__()
         self.tags, self.attributes, self.ids, self.text = [], [], [], ""
+        self.scripts, self._in_script = [], False
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
         self.attributes += [(name, value or "") for name, value in attrs]
         self.ids += [value for name, value in attrs if name == "id"]
+        self._in_script = tag == "script"
+        self._is_data = ("type", "application/json") in attrs
+
+    def handle_endtag(self, tag):
+        self._in_script = False
 
     def handle_data(self, data):
-        self.text += data + " "
+        if not self._in_script:
+            self.text += data + " "
+        elif not self._is_data:
+            self.scripts.append(data)
 
 
 @pytest.fixture(scope="module")
@@ -199,13 +213,17 @@ def test_data_and_configuration_are_named(page):
 
 
 def test_the_page_is_self_contained(page):
-    """Nothing to fetch, nothing to run, no id twice (charts refer to their own parts by id)."""
-    assert not {"script", "link", "img", "iframe", "object", "base"} & set(page.tags)
+    """Nothing to fetch, one script to run, no id twice (charts refer to their own parts by id)."""
+    assert not {"link", "img", "iframe", "object", "base"} & set(page.tags)
+    assert page.tags.count("script") == 2, "the samples, as data, and what browses them"
     assert [value for name, value in page.attributes if name in ("src", "href") and not value.startswith("#")] == []
     assert len(page.ids) == len(set(page.ids))
     assert {value[1:] for name, value in page.attributes if name == "href"} <= set(page.ids)
     policy = next(value for name, value in page.attributes if value.startswith("default-src"))
-    assert policy == "default-src 'none'; style-src 'unsafe-inline'"
+    (script,) = page.scripts
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    expected = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+    assert policy == f"{expected}; script-src 'sha256-{digest}'"
 
 
 def test_the_report_holds_no_address(tmp_path):
@@ -215,7 +233,8 @@ def test_the_report_holds_no_address(tmp_path):
 def test_hostile_text_stays_text(tmp_path):
     text = _read(build_report(str(write_run(tmp_path / "run", hostile=HOSTILE))))
     page = _Page(text)
-    assert not {"script", "img"} & set(page.tags)
+    assert page.tags.count("script") == 2
+    assert "img" not in page.tags
     assert not [name for name, _ in page.attributes if name.startswith("on")]
     assert page.text.count('<script>alert("x")</script>') > 30, "prompts, answers, judge, file row and configuration"
     assert "${config}" in page.text, "a placeholder in data is not filled in"
@@ -225,7 +244,7 @@ def test_an_unescaped_page_is_caught(tmp_path, monkeypatch):
     """Planted bug: the check above fails where escaping is left out."""
     monkeypatch.setattr(html, "escape", lambda text: text)
     page = _Page(_read(build_report(str(write_run(tmp_path / "run", hostile=HOSTILE)))))
-    assert "script" in page.tags
+    assert page.tags.count("script") > 2
 
 
 def test_missing_metrics_are_noted_and_the_rest_is_drawn(tmp_path):
@@ -260,3 +279,32 @@ def test_colours_follow_the_page(page, tmp_path):
     assert set(re.findall(r"(?:stroke|fill): ([^;\"]+)", charts)) <= {
         "none", "currentColor", "var(--grid)", *(f"var(--series-{number})" for number in range(1, 5)),
     }  # fmt: skip
+
+
+def test_the_ledger_is_in_the_report(tmp_path):
+    directory = write_run(tmp_path / "run")
+    ledger, store = Ledger(), LedgerStore(str(directory / LEDGER_FILE))
+    for name in ("0/a", "0/b"):
+        ledger.accept(name)
+    ledger.end("0/b", GroupState.QUARANTINED, f"no answer to {HOSTILE}")
+    store.append(ledger.take_transitions(), 1000.0)
+    store.close()
+    page = _Page(_read(build_report(str(directory))))
+    text = " ".join(page.text.split())
+    assert "accepted 2 trained 0 dropped 0 quarantined 1 in flight 1 accepted = sum of the others yes" in text
+    assert " ".join(f"quarantined: no answer to {HOSTILE} 1".split()) in text
+    assert page.tags.count("script") == 2
+
+
+def test_the_timeline_is_in_the_report_where_a_run_has_one(page, tmp_path):
+    assert "Timeline" not in page.text
+    directory = write_run(tmp_path / "run")
+    table = pq.read_table(directory / "metrics.parquet")
+    for name, values in (("started_at", 1e9), ("learn_from_s", 2.0), ("learn_for_s", 14.0)):
+        column = [None if step == 0 else values + 25.0 * step * (name == "started_at") for step in range(NUM_STEPS + 1)]
+        table = table.append_column(f"timeline_{name}", pa.array(column, pa.float64()))
+    pq.write_table(table, directory / "metrics.parquet")
+    text = _read(build_report(str(directory)))
+    assert text.count('<rect class="p-learn"') == 16, "the last steps"
+    assert "<title>step 40: learn 14 s</title>" in text
+    assert "timeline_started_at" not in text, "it is no curve and no figure"
