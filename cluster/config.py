@@ -127,6 +127,9 @@ class PlacementConfig(Config):
     colocated: bool = False
     """Rollout workers and learner take turns with the same memory: whoever does not work gives its own back. For
     pipeline.max_staleness 0."""
+    by_role: bool = False
+    """Place processes only on nodes whose Ray label `role` is theirs: rollout, reward or learner, as in
+    ray_cluster.yaml; else wherever their CPUs and GPUs are free."""
     ready_timeout_s: float = Field(default=300.0, gt=0)
     """Longest wait for all processes to be placed and ready, seconds."""
 

@@ -66,6 +66,8 @@ class Processes:
     cpus: float
     gpus: float
     threads: int
+    by_role: bool = False
+    """Only on nodes whose label `role` is the processes'."""
     engine: str = ""
     """What rollout workers generate with."""
 
@@ -82,6 +84,11 @@ class Processes:
         of_engine = VLLM_ENVIRONMENT if self.engine == "vllm" else {}
         return (ENVIRONMENT if self.gpus else on_cpu) | of_engine | planned
 
+    @property
+    def on_nodes(self) -> dict[str, Any]:
+        """Return the Ray option that says which nodes may hold such a process; empty where all may."""
+        return {"label_selector": {"role": self.role}} if self.by_role else {}
+
     def options(self) -> dict[str, Any]:
         """Return Ray actor options."""
         return {
@@ -90,6 +97,7 @@ class Processes:
             "max_restarts": 0,
             "max_task_retries": 0,
             "runtime_env": {"env_vars": self.environment},
+            **self.on_nodes,
         }
 
 
@@ -138,13 +146,24 @@ def plan_placement(config: RunConfig, *, cores: int | None = None, node_cores: i
             cpus=cpus,
             gpus=placement.rollout_gpus,
             threads=rollout_threads,
+            by_role=placement.by_role,
             engine=config.rollouts.engine,
         ),
         reward=Processes(
-            role="reward", count=reward_count, cpus=cpus, gpus=placement.reward_gpus, threads=reward_threads
+            role="reward",
+            count=reward_count,
+            cpus=cpus,
+            gpus=placement.reward_gpus,
+            threads=reward_threads,
+            by_role=placement.by_role,
         ),
         learner=Processes(
-            role="learner", count=learner_count, cpus=cpus, gpus=placement.learner_gpus, threads=learner_threads
+            role="learner",
+            count=learner_count,
+            cpus=cpus,
+            gpus=placement.learner_gpus,
+            threads=learner_threads,
+            by_role=placement.by_role,
         ),
     )
 
@@ -225,11 +244,14 @@ def place_gang(processes: Processes, *, timeout_s: float) -> Any:
     from ray.util.placement_group import placement_group, remove_placement_group
 
     bundle = {"CPU": processes.cpus} | ({"GPU": processes.gpus} if processes.gpus else {})
-    group = placement_group([bundle] * processes.count, strategy="PACK")
+    selectors = [processes.on_nodes["label_selector"]] * processes.count if processes.by_role else None
+    group = placement_group([bundle] * processes.count, strategy="PACK", bundle_label_selector=selectors)
     if not group.wait(timeout_s):
         remove_placement_group(group)
+        where = f" on nodes labelled role={processes.role}" if processes.by_role else ""
         raise PlacementError(
-            f"{processes.count} {processes.role} ranks need {bundle} each, and after {timeout_s:g} s the cluster has "
-            f"{ray.available_resources()} free of {ray.cluster_resources()}; add nodes or lower learner.num_ranks"
+            f"{processes.count} {processes.role} ranks need {bundle} each{where}, and after {timeout_s:g} s the "
+            f"cluster has {ray.available_resources()} free of {ray.cluster_resources()}; add nodes or lower "
+            "learner.num_ranks"
         )
     return group
