@@ -213,7 +213,9 @@ class Session:
         return prepare_policy(
             self.config.policy,
             seed=self.config.run.seed,
-            train=lambda sft: train_start(sft, learner=placement.learner),
+            train=lambda sft: train_start(
+                sft, learner=placement.learner, ready_timeout_s=self.config.placement.ready_timeout_s
+            ),
         )
 
     def _fitting(self, prompts: PromptsConfig, where: str) -> PromptsConfig:

@@ -4,13 +4,14 @@ import hashlib
 import inspect
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from actors.cache import cache_directory, content_hash
 from actors.config import PolicyConfig
 from actors.plugins import import_function
 from cluster.config import ConfigError, read_yaml, validate
-from cluster.placement import Processes
+from cluster.placement import Processes, place_gang
 from learner.config import DataConfig, SFTConfig
 
 
@@ -51,21 +52,32 @@ def prepare_policy(policy: PolicyConfig, *, seed: int, train: Callable[[SFTConfi
     return output
 
 
-def train_start(sft: SFTConfig, *, learner: Processes) -> None:
-    """Train a supervised start in a process of its own, with the resources of a learner rank."""
+def train_start(sft: SFTConfig, *, learner: Processes, ready_timeout_s: float) -> None:
+    """Train a supervised start in a process of its own, in a learner rank's place.
+
+    Raises:
+        PlacementError: when the cluster has no such place in time.
+    """
     import ray
+    from ray.util.placement_group import remove_placement_group
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
     from cluster.pool import fetch
 
+    group = place_gang(replace(learner, count=1), timeout_s=ready_timeout_s)
     options: dict[str, Any] = {
         "num_cpus": learner.cpus,
         "num_gpus": learner.gpus,
         "max_retries": 0,
         "max_calls": 1,  # the process ends with the task and gives its memory back
         "runtime_env": {"env_vars": learner.environment},
+        "scheduling_strategy": PlacementGroupSchedulingStrategy(group),
     }
-    task = ray.remote(**options)(_sft_task)
-    fetch(task.remote(sft, learner.threads, cache_directory()), what="the supervised start", timeout_s=None)
+    try:
+        task = ray.remote(**options)(_sft_task)
+        fetch(task.remote(sft, learner.threads, cache_directory()), what="the supervised start", timeout_s=None)
+    finally:
+        remove_placement_group(group)
 
 
 def _sft_task(sft: SFTConfig, num_threads: int, cache_dir: str) -> None:
