@@ -19,31 +19,44 @@ from reward.config import RewardConfig
 _PATHS = "paths and modules start at the working directory"
 
 
-def check_run(config: RunConfig) -> None:
+def check_run(config: RunConfig, *, is_submitted: bool = False) -> None:
     """Check everything a run names before any process starts.
+
+    Args:
+        config: the run.
+        is_submitted: it will be a job on a cluster, where alone absolute paths can be checked.
 
     Raises:
         ConfigError: with one line for each problem.
     """
     problems = [
-        *_directory(config),
+        *_directory(config, is_submitted=is_submitted),
         *_trackers(config),
-        *check_policy(config.policy),
-        *check_data(config.prompts, where="prompts"),
-        *check_reward(config.reward),
+        *check_policy(config.policy, elsewhere=is_submitted),
+        *check_data(config.prompts, where="prompts", elsewhere=is_submitted),
+        *check_reward(config.reward, elsewhere=is_submitted),
         *_algorithm(config.algorithm),
     ]
     if config.evaluation.prompts:
-        problems += check_data(config.evaluation.prompts, where="evaluation.prompts")
+        problems += check_data(config.evaluation.prompts, where="evaluation.prompts", elsewhere=is_submitted)
     sft = start_config(config.policy)
     if sft is not None:
-        problems += check_data(sft.data, where="policy.start, data")
+        problems += check_data(sft.data, where="policy.start, data", elsewhere=is_submitted)
     if problems:
-        raise ConfigError("\n".join(problems))
+        ignored = ["(of the working directory, a Ray job gets what .gitignore does not name)"] if _is_job() else []
+        raise ConfigError("\n".join([*problems, *ignored]))
 
 
-def check_model(where: str, model: str) -> list[str]:
-    """Return what is wrong with a model's name: neither a model directory nor like a hub name."""
+def check_model(where: str, model: str, *, elsewhere: bool = False) -> list[str]:
+    """Return what is wrong with a model's name: neither a model directory nor like a hub name.
+
+    Args:
+        where: the setting.
+        model: its value.
+        elsewhere: an absolute path is another machine's, and not looked at.
+    """
+    if elsewhere and os.path.isabs(model):
+        return []
     if os.path.isdir(model):
         return (
             []
@@ -55,13 +68,20 @@ def check_model(where: str, model: str) -> list[str]:
     return [f"{where} must be an existing model directory or a hub name like owner/name, got {model!r}; {_PATHS}"]
 
 
-def _directory(config: RunConfig) -> Iterator[str]:
-    directory = config.run.dir
+def _is_job() -> bool:
+    return bool(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"))
+
+
+def _directory(config: RunConfig, *, is_submitted: bool) -> Iterator[str]:
+    directory, in_job = config.run.dir, is_submitted or _is_job()
     if "://" in directory:
         yield f"run.dir must be a local path, got {directory!r}; object stores are not supported yet"
-    elif os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") and not os.path.isabs(directory):
-        yield f"run.dir must be absolute in a Ray job, whose working directory is temporary, got {directory!r}"
-    elif os.path.exists(directory) and not os.path.isdir(directory):
+    elif in_job and not os.path.isabs(directory):
+        yield (
+            f"run.dir must be absolute in a Ray job, whose working directory is temporary, got {directory!r}; name a "
+            "directory that all nodes mount"
+        )
+    elif not is_submitted and os.path.exists(directory) and not os.path.isdir(directory):
         yield f"run.dir must be a directory, and {directory!r} is a file"
 
 
@@ -76,29 +96,30 @@ def _trackers(config: RunConfig) -> Iterator[str]:
             )
 
 
-def check_policy(policy: PolicyConfig, *, where: str = "policy.model") -> Iterator[str]:
+def check_policy(policy: PolicyConfig, *, where: str = "policy.model", elsewhere: bool = False) -> Iterator[str]:
     """Yield what is wrong with the model that is named."""
     if isinstance(policy.model, str):
-        yield from check_model(where, policy.model)
+        yield from check_model(where, policy.model, elsewhere=elsewhere)
     elif "model_type" not in policy.model.architecture:
         yield "policy.model.architecture.model_type must be set, for instance gpt2 or llama"
 
 
-def check_data(data: PromptsConfig | DataConfig, *, where: str = "data") -> Iterator[str]:
+def check_data(data: PromptsConfig | DataConfig, *, where: str = "data", elsewhere: bool = False) -> Iterator[str]:
     """Yield what is wrong with the file or function that rows come from."""
+    is_there = elsewhere and os.path.isabs(data.path or "")
     if data.make:
         yield from _function(f"{where}.make.function", data.make.function, data.make.arguments)
-    elif data.path and "://" not in data.path and not os.path.exists(data.path):
+    elif data.path and "://" not in data.path and not (is_there or os.path.exists(data.path)):
         yield f"{where}.path must be an existing file or directory, got {data.path!r}; {_PATHS}"
 
 
-def check_reward(reward: RewardConfig, *, where: str = "reward") -> Iterator[str]:
+def check_reward(reward: RewardConfig, *, where: str = "reward", elsewhere: bool = False) -> Iterator[str]:
     """Yield what is wrong with the judges that are named."""
     for name, component in reward.components.items():
         path = f"{where}.components.{name}"
         models = [*([component.model] if component.model else []), *component.ensemble]
         for model in models:
-            yield from check_model(f"{path}.model", model)
+            yield from check_model(f"{path}.model", model, elsewhere=elsewhere)
         if component.function:
             yield from _function(f"{path}.function", component.function, component.arguments)
 

@@ -3,6 +3,11 @@
 Configurations are checked before anything heavy is imported, so a mistake is reported at once.
 """
 
+from cluster.interpreter import use_rays_python
+
+if __name__ == "__main__":
+    use_rays_python("cluster.cli")  # first: in a Ray job `python` may be one that has none of what follows
+
 import os
 import sys
 import time
@@ -10,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from cluster.cli_jobs import Address, Follow, Variables, jobs_app, submit_run
 from cluster.config import ConfigError, RunConfig, load
 from cluster.placement import interrupt_on_sigterm
 from learner.config import RewardModelConfig, SFTConfig
@@ -24,6 +30,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+app.add_typer(jobs_app, name="jobs")
 
 _INTERRUPTED = 130
 
@@ -172,6 +180,22 @@ def export(
     from cluster.export import export_policy
 
     print(export_policy(run_dir, output or os.path.join(run_dir, "policy")))
+
+
+@app.command()
+def submit(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    address: Address = None,
+    follow: Follow = False,
+    env: Variables = None,
+) -> None:
+    """Train as a job on a Ray cluster: shows the plan, ships the working directory, continues the run directory."""
+    run_config = load(RunConfig, config, overrides or [])
+    from cluster.checks import check_run
+
+    check_run(run_config, is_submitted=True)
+    submit_run(run_config, path=config, overrides=overrides or [], address=address, follow=follow, variables=env or [])
 
 
 def main() -> None:
