@@ -11,6 +11,7 @@ On a CPU in float32 the tokens and log-probs are, bit for bit, those of one step
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,7 +66,7 @@ class BurstDecoder:
         self._programs: dict[tuple[int, int], _Program] = {}
         self._generation = -1
         self._has_graphs = device.type == "cuda"
-        self._pool: object = None
+        self._pool: Any = None
 
     def run(self, rows: Sequence[LiveRow]) -> Burst:
         """Draw `steps` tokens for each row; nothing of the rows is changed."""
@@ -164,7 +165,7 @@ class _Program:
         """Return tokens and log-probs, [steps, B] each; waits for the device."""
         return self._tokens.cpu().numpy().copy(), self._logprobs.cpu().numpy().copy()
 
-    def capture(self, pool: object) -> object:
+    def capture(self, pool: Any) -> Any:
         """Record the step as a graph; return the memory pool that the next one shares."""
         current = torch.cuda.current_stream()
         beside = torch.cuda.Stream()

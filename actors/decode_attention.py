@@ -70,7 +70,7 @@ def decode_attention(
 
 
 @triton.jit
-def _attend(
+def _attend(  # type: ignore[no-untyped-def]  # Triton's compiler reads it, not Python
     query, keys, values, positions, partial, peaks, sums, scaling, softcap, max_len, sliding,
     KV_HEADS: tl.constexpr, SHARED: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
     SPLITS: tl.constexpr, BLOCK: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SLIDING: tl.constexpr,
@@ -119,7 +119,7 @@ def _attend(
 
 
 @triton.jit
-def _combine(
+def _combine(  # type: ignore[no-untyped-def]
     partial, peaks, sums, output,
     DIM: tl.constexpr, PADDED_DIM: tl.constexpr, SPLITS: tl.constexpr, PADDED_SPLITS: tl.constexpr,
 ):  # fmt: skip

@@ -254,7 +254,8 @@ class TorchEngine:
     def _prefill_waiting(self) -> None:
         """Run, as one batch, the prompts of the next groups that free slots are there for."""
         start = time.perf_counter()
-        free, width, groups = self._cache.num_slots - len(self._rows), 0, []
+        free, width = self._cache.num_slots - len(self._rows), 0
+        groups: list[LiveGroup] = []
         for group in self._queue:
             width = max(width, round_up(len(group.request.prompt_ids), WINDOW_MULTIPLE))
             if free <= 0 or (groups and width * (len(groups) + 1) > self._pace.prefill_tokens):

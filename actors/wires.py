@@ -66,7 +66,8 @@ class GlooWire:
         if self._group is None:
             raise RuntimeError("the group has been given up")
         self._last = self._group.broadcast([tensor], self._options)
-        return self._last.wait  # type: ignore[no-any-return]
+        wait: Callable[[], None] = self._last.wait
+        return wait
 
     def close(self) -> None:
         """See `Wire`."""
