@@ -100,6 +100,8 @@ class RolloutsConfig(Config):
     """Which engine generates. vllm needs the extra of that name, and its samples are not the same bits twice."""
     num_workers: int = Field(default=1, ge=1)
     """Inference replicas, each one process."""
+    tensor_parallel: int = Field(default=1, ge=1)
+    """GPUs (on a CPU: processes) that share one replica, its weights cut into as many parts; with engine vllm."""
     prompts_per_step: int = Field(default=8, ge=1)
     """Prompts in each step of the loop."""
     samples_per_prompt: int = Field(default=4, ge=1)
@@ -112,6 +114,15 @@ class RolloutsConfig(Config):
     """Strings that end a response."""
     max_rows: int = Field(default=32, ge=4, multiple_of=4)
     """Samples decoded together by one engine."""
+
+    @model_validator(mode="after")
+    def _only_vllm_cuts_weights(self) -> "RolloutsConfig":
+        if self.tensor_parallel > 1 and self.engine != "vllm":
+            raise ValueError(
+                f"tensor_parallel must be 1 with engine {self.engine}, got {self.tensor_parallel}: only vLLM cuts "
+                "weights into parts; set engine vllm"
+            )
+        return self
 
 
 class EvaluationConfig(Config):

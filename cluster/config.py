@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from actors.config import Config, EvaluationConfig, PolicyConfig, PromptsConfig, RolloutsConfig
+from cluster.placement_config import PlacementConfig, placement_problems
 from learner.algorithm_config import AlgorithmConfig
 from learner.config import LearnerConfig
 from reward.config import RewardConfig
@@ -107,33 +108,6 @@ class PipelineConfig(Config):
         return self.in_flight_updates or "keep"
 
 
-class PlacementConfig(Config):
-    """Resources of each process."""
-
-    address: str | None = None
-    """Ray cluster to join, e.g. `auto`; null joins RAY_ADDRESS's cluster or starts a local one."""
-    rollout_gpus: float = Field(default=0.0, ge=0)
-    """GPUs of each rollout worker."""
-    reward_gpus: float = Field(default=0.0, ge=0)
-    """GPUs of each reward worker."""
-    learner_gpus: int = Field(default=0, ge=0, le=1)
-    """GPUs of each learner rank."""
-    rollout_threads: int = Field(default=0, ge=0)
-    """torch threads of each rollout worker; 0 = the planner's choice."""
-    reward_threads: int = Field(default=0, ge=0)
-    """torch threads of each reward worker; 0 = the planner's choice."""
-    learner_threads: int = Field(default=0, ge=0)
-    """torch threads of each learner rank; 0 = the planner's choice."""
-    colocated: bool = False
-    """Rollout workers and learner take turns with the same memory: whoever does not work gives its own back. For
-    pipeline.max_staleness 0."""
-    by_role: bool = False
-    """Place processes only on nodes whose Ray label `role` is theirs: rollout, reward or learner, as in
-    ray_cluster.yaml; else wherever their CPUs and GPUs are free."""
-    ready_timeout_s: float = Field(default=300.0, gt=0)
-    """Longest wait for all processes to be placed and ready, seconds."""
-
-
 class RunConfig(Config):
     """A training run: `concord train`."""
 
@@ -163,6 +137,8 @@ class RunConfig(Config):
                 "the coefficient could become negative in one step"
             )
         for problem in _algorithm_problems(self):
+            raise ValueError(problem)
+        for problem in placement_problems(self.placement, self.rollouts, self.learner):
             raise ValueError(problem)
         placement = self.placement
         weights = self.pipeline.weights

@@ -147,17 +147,26 @@ class LearnerStarter:
         processes: how many, with what.
         transport: for the weights they publish.
         run: a name for Ray's dashboard, unique on the cluster: its ranks are `walks-3fa2c1/learner-0.0`.
+        guests: rollout workers that share the ranks' GPUs.
     """
 
     def __init__(
-        self, config: RunConfig, *, model_dir: str, processes: Processes, transport: WeightTransport, run: str
+        self,
+        config: RunConfig,
+        *,
+        model_dir: str,
+        processes: Processes,
+        transport: WeightTransport,
+        run: str,
+        guests: Processes | None = None,
     ) -> None:
         self._config = config
         self._model_dir = model_dir
         self._transport = transport
         self._run = run
         self._lives = count()
-        self._place = GangPlace(processes, ready_timeout_s=config.placement.ready_timeout_s)
+        self.place = GangPlace(processes, ready_timeout_s=config.placement.ready_timeout_s, guests=guests)
+        """Where the ranks go."""
 
     def __call__(self) -> LearnerGang:
         """Start the processes, without waiting for them.
@@ -170,7 +179,7 @@ class LearnerStarter:
         ranks = Ranks(
             _Rank,
             self._arguments,
-            self._place,
+            self.place,
             group_timeout_s=timeout_s,
             name=lambda rank: f"{self._run}/learner-{rank}.{life}",
         )
@@ -178,10 +187,10 @@ class LearnerStarter:
 
     def close(self) -> None:
         """Free the place."""
-        self._place.close()
+        self.place.close()
 
     def _arguments(self, rank: int) -> dict[str, Any]:
-        config, processes = self._config, self._place.processes
+        config, processes = self._config, self.place.processes
         return {
             "model_dir": self._model_dir,
             "policy": config.policy,

@@ -11,10 +11,12 @@ import logging
 import os
 import signal
 import threading
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from actors import faults
+from cluster.bundles import BundleGroup, Node, gang_strategy
 from cluster.config import RunConfig
 
 ENVIRONMENT = {
@@ -66,10 +68,10 @@ class Processes:
     cpus: float
     gpus: float
     threads: int
-    by_role: bool = False
-    """Only on nodes whose label `role` is the processes'."""
     engine: str = ""
     """What rollout workers generate with."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """Selectors of the nodes that they may be on."""
 
     @property
     def device(self) -> str:
@@ -84,11 +86,6 @@ class Processes:
         of_engine = VLLM_ENVIRONMENT if self.engine == "vllm" else {}
         return (ENVIRONMENT if self.gpus else on_cpu) | of_engine | planned
 
-    @property
-    def on_nodes(self) -> dict[str, Any]:
-        """Return the Ray option that says which nodes may hold such a process; empty where all may."""
-        return {"label_selector": {"role": self.role}} if self.by_role else {}
-
     def options(self) -> dict[str, Any]:
         """Return Ray actor options."""
         return {
@@ -97,7 +94,6 @@ class Processes:
             "max_restarts": 0,
             "max_task_retries": 0,
             "runtime_env": {"env_vars": self.environment},
-            **self.on_nodes,
         }
 
 
@@ -109,11 +105,50 @@ class Placement:
     rollout: Processes
     reward: Processes
     learner: Processes
+    shares_gpus: bool = False
+    """Whether a rollout worker and a learner rank are on one GPU, each with half of it in Ray's books."""
 
     @property
     def all(self) -> tuple[Processes, ...]:
         """Return the three roles."""
         return (self.rollout, self.reward, self.learner)
+
+    @property
+    def pools(self) -> tuple[Processes, ...]:
+        """Return the roles that need places of their own beside the learner's ranks."""
+        return (self.reward,) if self.shares_gpus else (self.rollout, self.reward)
+
+    def groups(self, nodes: Sequence[Node]) -> tuple[BundleGroup, ...]:
+        """Return the bundles to ask for, the learner's first; which strategy it has hangs on the nodes."""
+        gang = gang_group(self.learner, guests=self.rollout if self.shares_gpus else None, nodes=nodes)
+        return (gang, *map(_pool_group, self.pools))
+
+
+def gang_group(learner: Processes, *, guests: Processes | None, nodes: Sequence[Node]) -> BundleGroup:
+    """Return the bundles of the learner's ranks, each with room for a guest where there are some."""
+    members = [learner] if guests is None else [learner, guests]
+    cpus = sum(processes.cpus for processes in members)
+    gpus = sum(processes.gpus for processes in members)
+    return BundleGroup(
+        role="learner",
+        count=learner.count,
+        cpus=cpus,
+        gpus=gpus,
+        strategy=gang_strategy(learner.count, cpus=cpus, gpus=gpus, labels=learner.labels, nodes=nodes),
+        labels=learner.labels,
+    )
+
+
+def _pool_group(processes: Processes) -> BundleGroup:
+    """Return the bundles of workers that know nothing of each other."""
+    return BundleGroup(
+        role=processes.role,
+        count=processes.count,
+        cpus=processes.cpus,
+        gpus=processes.gpus,
+        strategy="SPREAD" if processes.role == "rollout" and processes.gpus <= 1 else "PACK",
+        labels=processes.labels,
+    )
 
 
 def plan_placement(config: RunConfig, *, cores: int | None = None, node_cores: int | None = None) -> Placement:
@@ -138,16 +173,19 @@ def plan_placement(config: RunConfig, *, cores: int | None = None, node_cores: i
         for_rollouts = for_learner = max(rest, 2) // 2
     rollout_threads = placement.rollout_threads or min(node_cores, max(1, for_rollouts // rollout_count))
     learner_threads = placement.learner_threads or min(node_cores, max(1, for_learner // learner_count))
+    shares_gpus = placement.shares_gpus
+    half = 2 if shares_gpus else 1
     return Placement(
         cores=cores,
+        shares_gpus=shares_gpus,
         rollout=Processes(
             role="rollout",
             count=rollout_count,
             cpus=cpus,
-            gpus=placement.rollout_gpus,
+            gpus=placement.rollout_gpus * config.rollouts.tensor_parallel / half,
             threads=rollout_threads,
-            by_role=placement.by_role,
             engine=config.rollouts.engine,
+            labels=placement.labels_of("learner") if shares_gpus else placement.labels_of("rollout"),
         ),
         reward=Processes(
             role="reward",
@@ -155,15 +193,15 @@ def plan_placement(config: RunConfig, *, cores: int | None = None, node_cores: i
             cpus=cpus,
             gpus=placement.reward_gpus,
             threads=reward_threads,
-            by_role=placement.by_role,
+            labels=placement.labels_of("reward"),
         ),
         learner=Processes(
             role="learner",
             count=learner_count,
             cpus=cpus,
-            gpus=placement.learner_gpus,
+            gpus=placement.learner_gpus / half,
             threads=learner_threads,
-            by_role=placement.by_role,
+            labels=placement.labels_of("learner"),
         ),
     )
 
@@ -210,8 +248,10 @@ def check_gpus(config: RunConfig, available: float) -> None:
         PlacementError: naming what each role wants and what is available.
     """
     placement = config.placement
+    # A worker that shares a GPU with a rank wants none beside it.
+    rollout_gpus = 0.0 if placement.shares_gpus else placement.rollout_gpus
     wanted = {
-        "rollout_gpus": (config.rollouts.num_workers, placement.rollout_gpus),
+        "rollout_gpus": (config.rollouts.num_workers * config.rollouts.tensor_parallel, rollout_gpus),
         "reward_gpus": (config.reward.num_workers, placement.reward_gpus),
         "learner_gpus": (config.learner.num_ranks, placement.learner_gpus),
     }
@@ -232,26 +272,3 @@ def interrupt_on_sigterm() -> None:
 
 def _interrupt(signum: int, frame: object) -> NoReturn:
     raise KeyboardInterrupt
-
-
-def place_gang(processes: Processes, *, timeout_s: float) -> Any:
-    """Reserve one bundle for each rank, on as few nodes as possible; return the placement group.
-
-    Raises:
-        PlacementError: when the cluster cannot hold it in time.
-    """
-    import ray
-    from ray.util.placement_group import placement_group, remove_placement_group
-
-    bundle = {"CPU": processes.cpus} | ({"GPU": processes.gpus} if processes.gpus else {})
-    selectors = [processes.on_nodes["label_selector"]] * processes.count if processes.by_role else None
-    group = placement_group([bundle] * processes.count, strategy="PACK", bundle_label_selector=selectors)
-    if not group.wait(timeout_s):
-        remove_placement_group(group)
-        where = f" on nodes labelled role={processes.role}" if processes.by_role else ""
-        raise PlacementError(
-            f"{processes.count} {processes.role} ranks need {bundle} each{where}, and after {timeout_s:g} s the "
-            f"cluster has {ray.available_resources()} free of {ray.cluster_resources()}; add nodes or lower "
-            "learner.num_ranks"
-        )
-    return group

@@ -8,7 +8,7 @@ waited for is Ray's control store, which registers the name of each new process 
 import logging
 import secrets
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import cached_property
 from typing import Any, Protocol
@@ -80,9 +80,17 @@ class RayWorkers:
     Args:
         specs: role -> worker class, its constructor's arguments, and what its processes may use.
         run: a name for Ray's dashboard, which no other run on the cluster has, see `unique_name`.
+        place: (role, slot) -> Ray's options for where a process goes.
     """
 
-    def __init__(self, specs: Mapping[Role, tuple[type, Mapping[str, Any], Processes]], *, run: str) -> None:
+    def __init__(
+        self,
+        specs: Mapping[Role, tuple[type, Mapping[str, Any], Processes]],
+        *,
+        run: str,
+        place: Callable[[str, int], Mapping[str, Any]] = lambda role, slot: {},
+    ) -> None:
+        self._place = place
         self._specs: dict[Role, tuple[Any, Mapping[str, Any], Processes]] = {
             role: (ray.remote(worker_class), arguments, processes)
             for role, (worker_class, arguments, processes) in specs.items()
@@ -94,9 +102,10 @@ class RayWorkers:
     def start(self, worker: WorkerId) -> None:
         """Create a process; whether Ray takes it, it has a place and comes up shows in its answer to READY."""
         actor_class, arguments, processes = self._specs[worker.role]
-        options = processes.options() | {"name": f"{self._run}/{worker}"}
         try:
             _check_connected()
+            where = self._place(str(worker.role), worker.slot)
+            options = processes.options() | {"name": f"{self._run}/{worker}", **where}
             self._actors[worker] = _Actor(actor_class.options(**options).remote(**arguments))
         except Exception as error:  # whatever Ray raises when its control store is away
             self._unstarted[worker] = _unreachable(error)

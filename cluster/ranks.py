@@ -12,7 +12,9 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.util.placement_group import placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from cluster.placement import Processes, place_gang
+from cluster.hardware import live_nodes
+from cluster.placement import Processes, gang_group
+from cluster.places import ask_for
 from cluster.pool import WorkerError, fetch
 
 _LAST_WORDS_S = 1.0
@@ -36,10 +38,17 @@ class GangError(WorkerError):
 
 
 class GangPlace:
-    """A placement group with a bundle for each rank, kept from one gang to the next as long as its nodes live."""
+    """A placement group with a bundle for each rank, kept from one gang to the next as long as its nodes live.
 
-    def __init__(self, processes: Processes, *, ready_timeout_s: float) -> None:
+    Args:
+        processes: the ranks.
+        ready_timeout_s: longest wait for a place.
+        guests: workers of which each shares a rank's bundle.
+    """
+
+    def __init__(self, processes: Processes, *, ready_timeout_s: float, guests: Processes | None = None) -> None:
         self.processes = processes
+        self._guests = guests
         self._ready_timeout_s = ready_timeout_s
         self._group: Any = None
 
@@ -52,7 +61,18 @@ class GangPlace:
         if self._group is not None and not self._is_whole():
             self.close()
         if self._group is None:
-            self._group = place_gang(self.processes, timeout_s=self._ready_timeout_s)
+            wanted = gang_group(self.processes, guests=self._guests, nodes=live_nodes())
+            self._group = ask_for(wanted, timeout_s=self._ready_timeout_s)
+        return self._group
+
+    def current(self) -> Any:
+        """Return the placement group that is there now.
+
+        Raises:
+            ConnectionError: while there is none.
+        """
+        if self._group is None:
+            raise ConnectionError("the learner's ranks must have a place before workers share it, and have none now")
         return self._group
 
     def close(self) -> None:

@@ -127,7 +127,7 @@ class RLHF(Algorithm):
         placement = plan_placement(settings.run_config(default_dir="unknown until built"))
         workers = [
             {"CPU": processes.cpus} | ({"GPU": processes.gpus} if processes.gpus else {})
-            for processes in (placement.rollout, placement.reward)
+            for processes in placement.pools
             for _ in range(processes.count)
         ]
         return PlacementGroupFactory([{}, *workers])

@@ -28,6 +28,7 @@ from cluster.messages import Role, Weights
 from cluster.pipeline import Batch, Pipeline
 from cluster.pipeline_core import PipelineCore
 from cluster.placement import Placement, PlacementError, join_cluster, plan_placement
+from cluster.places import Places
 from cluster.pool import RayWorkers, fetch, unique_name
 from cluster.processes import ProcessStatus
 from cluster.progress import Display
@@ -276,22 +277,38 @@ class Session:
             Role.REWARD: (RewardWorker, reward_arguments, placement.reward),
         }
         names = unique_name(name)
-        workers = RayWorkers(specs, run=names)
+        starter = self._reserve_learner(placement, transport, names)
+        places = Places(placement, starter.place.current, timeout_s=config.placement.ready_timeout_s)
+        self._exit.callback(places.close)
+        places.reserve()
+        workers = RayWorkers(specs, run=names, place=places.options)
         core = PipelineCore(config, prompts=prompts, workers=workers, ledger=Ledger(), journal=self._journal())
         core.on_progress = self.display.groups
         core.say = self.display.say
         core.on_processes = self._on_processes
         self.pipeline = Pipeline(core)
         self._exit.callback(self.pipeline.close)
-        self._start_learner(placement, transport, names)
+        self._start_learner(starter)
         self._wait_ready()
 
-    def _start_learner(self, placement: Placement, transport: ObjectStoreTransport, names: str) -> None:
-        config = self.config
+    def _reserve_learner(
+        self, placement: Placement, transport: ObjectStoreTransport, names: str
+    ) -> LearnerStarter:
+        """Keep a place for the ranks before workers take one, as theirs is the hardest to find."""
         starter = LearnerStarter(
-            config, model_dir=self._model_dir, processes=placement.learner, transport=transport, run=names
+            self.config,
+            model_dir=self._model_dir,
+            processes=placement.learner,
+            guests=placement.rollout if placement.shares_gpus else None,
+            transport=transport,
+            run=names,
         )
         self._exit.callback(starter.close)
+        starter.place.reserve()
+        return starter
+
+    def _start_learner(self, starter: LearnerStarter) -> None:
+        config = self.config
 
         def make_controller() -> StepController:
             return StepController(

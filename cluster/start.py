@@ -11,7 +11,9 @@ from actors.cache import cache_directory, content_hash
 from actors.config import PolicyConfig
 from actors.plugins import import_function
 from cluster.config import ConfigError, read_yaml, validate
-from cluster.placement import Processes, place_gang
+from cluster.hardware import live_nodes
+from cluster.placement import Processes, gang_group
+from cluster.places import ask_for
 from learner.config import DataConfig, SFTConfig
 
 
@@ -64,7 +66,8 @@ def train_start(sft: SFTConfig, *, learner: Processes, ready_timeout_s: float) -
 
     from cluster.pool import fetch
 
-    group = place_gang(replace(learner, count=1), timeout_s=ready_timeout_s)
+    wanted = gang_group(replace(learner, count=1), guests=None, nodes=live_nodes())
+    group = ask_for(wanted, timeout_s=ready_timeout_s)
     options: dict[str, Any] = {
         "num_cpus": learner.cpus,
         "num_gpus": learner.gpus,

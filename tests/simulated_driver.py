@@ -206,6 +206,7 @@ def standing_in(place: Place) -> Iterator[None]:
         "RunStorage": partial(RunStorage, disk=place.disk),
         "join_cluster": lambda config: (2.0, 2.0),
         "plan_placement": Nobody,
+        "Places": Nobody,
         "prepare_policy": lambda config, **options: "model",
         "RayWorkers": workers,
         "PipelineCore": partial(PipelineCore, clock=lambda: world.now),

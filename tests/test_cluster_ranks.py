@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
+from cluster.config import PlacementConfig
 from cluster.placement import PlacementError, Processes, check_gpus
 from cluster.pool import unique_name
 from cluster.ranks import GangError, GangPlace, Ranks
@@ -144,12 +145,10 @@ def test_a_place_that_is_gone_is_made_again(place):
 def sizes(*, rollout=(1, 0.0), reward=(1, 0.0), learner=(1, 0)):
     """Return the settings that placing reads; each pair is (processes, GPUs of each)."""
     return SimpleNamespace(
-        rollouts=SimpleNamespace(num_workers=rollout[0]),
+        rollouts=SimpleNamespace(num_workers=rollout[0], tensor_parallel=1),
         reward=SimpleNamespace(num_workers=reward[0]),
         learner=SimpleNamespace(num_ranks=learner[0]),
-        placement=SimpleNamespace(
-            address=None, rollout_gpus=rollout[1], reward_gpus=reward[1], learner_gpus=learner[1]
-        ),
+        placement=PlacementConfig(rollout_gpus=rollout[1], reward_gpus=reward[1], learner_gpus=learner[1]),
     )
 
 

@@ -1,0 +1,111 @@
+"""Places that a Ray cluster keeps for a run's processes, and the request for them, which has a deadline.
+
+The learner's ranks have a placement group, and so has a pool whose workers want GPUs or certain nodes.  The learner's
+is asked for first: it may need a whole node, and workers fit into what is left.  Workers that want nothing but a share
+of the cores are placed by Ray one by one, and inside a Tune trial all workers are: the trial has made room for them.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+from cluster.bundles import SETTINGS, BundleGroup, describe, fit
+from cluster.hardware import live_nodes
+from cluster.placement import Placement, PlacementError
+
+logger = logging.getLogger(__name__)
+
+_SAY_EVERY_S = 30.0
+
+
+def ask_for(group: BundleGroup, *, timeout_s: float) -> Any:
+    """Return a placement group with a group's bundles; what is waited for is said every half a minute.
+
+    Args:
+        group: the bundles.
+        timeout_s: longest wait; meanwhile an autoscaler may add nodes.
+
+    Raises:
+        PlacementError: when the cluster cannot hold them in time; says what is wanted, what there is, what to change.
+    """
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    labels: dict[str, Any] = {"bundle_label_selector": [dict(group.labels)] * group.count} if group.labels else {}
+    asked = placement_group([group.resources] * group.count, strategy=group.strategy, **labels)
+    deadline = time.monotonic() + timeout_s
+    while not asked.wait(max(0.01, min(_SAY_EVERY_S, deadline - time.monotonic()))):
+        if time.monotonic() >= deadline:
+            remove_placement_group(asked)
+            raise PlacementError(_refusal(group, timeout_s))
+        logger.warning("waiting for %s; free: %s", _wanted(group), describe(live_nodes(free=True)))
+    return asked
+
+
+def _wanted(group: BundleGroup) -> str:
+    """Return e.g. `8 x {'CPU': 1.0, 'GPU': 1} for the learner (STRICT_PACK)`."""
+    return f"{group.count} x {group.resources} for the {group.role} ({group.strategy})"
+
+
+def _refusal(group: BundleGroup, timeout_s: float) -> str:
+    there, free = live_nodes(), live_nodes(free=True)
+    # What would not fit on empty nodes either is the better reason.
+    reason = fit([group], there)[0].shortage or fit([group], free)[0].shortage
+    reason = reason or f"they came too late; raise placement.ready_timeout_s or lower {SETTINGS[group.role][0]}"
+    return (
+        f"{_wanted(group)} must be free within placement.ready_timeout_s = {timeout_s:g} s, and free are "
+        f"{describe(free)} of {describe(there)}: {reason}"
+    )
+
+
+class Places:
+    """Where workers go.
+
+    Args:
+        placement: the run's processes.
+        gang: returns the placement group of the learner's ranks, in whose bundles rollout workers are where they share
+            the ranks' GPUs.
+        timeout_s: longest wait for each pool's places.
+    """
+
+    def __init__(self, placement: Placement, gang: Callable[[], Any], *, timeout_s: float) -> None:
+        self._placement = placement
+        self._gang = gang
+        self._timeout_s = timeout_s
+        self._groups: dict[str, Any] = {}
+        self._is_free = True
+        """Whether workers may be spread over the nodes; not where Ray puts them into their parent's group."""
+
+    def reserve(self) -> None:
+        """Ask for the places of pools that want more than cores.
+
+        Raises:
+            PlacementError: when the cluster cannot hold them in time.
+        """
+        from ray.util.placement_group import get_current_placement_group
+
+        self._is_free = get_current_placement_group() is None
+        if not self._is_free:
+            return
+        for group in self._placement.groups(live_nodes()):
+            if group.role != "learner" and (group.gpus or group.labels):
+                self._groups[group.role] = ask_for(group, timeout_s=self._timeout_s)
+
+    def options(self, role: str, slot: int) -> dict[str, Any]:
+        """Return Ray's options for where the worker of a slot goes, also for its successors."""
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        is_guest = role == "rollout" and self._placement.shares_gpus
+        group = self._gang() if is_guest else self._groups.get(role)
+        if group is not None:
+            return {"scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=slot)}
+        labels = (self._placement.rollout if role == "rollout" else self._placement.reward).labels
+        spread = {"scheduling_strategy": "SPREAD"} if role == "rollout" and self._is_free else {}
+        return spread | ({"label_selector": dict(labels)} if labels else {})
+
+    def close(self) -> None:
+        """Free the places."""
+        from ray.util.placement_group import remove_placement_group
+
+        while self._groups:
+            remove_placement_group(self._groups.popitem()[1])
