@@ -228,6 +228,7 @@ def make_engine(model_dir: str, policy: PolicyConfig, rollouts: RolloutsConfig, 
             dtype=dtype,
             max_rows=rollouts.max_rows,
             eos_ids=eos_ids(load_generation_config(model_dir), tokenizer),
+            tensor_parallel=rollouts.tensor_parallel,
             trust_remote_code=trust_remote_code,
         )
     model = load_model(model_dir, dtype=dtype, device=device, trust_remote_code=trust_remote_code)

@@ -4,9 +4,15 @@ vLLM's requests are single samples here; samples of a group share their prompt's
 cache.  Cached prompts are salted with the policy version, so none outlives the weights that made it.  Draws are vLLM's
 own: a sample is not the same in other company, so what was lost is not generated again bit for bit.
 
-Outside vLLM's own environment nothing here can be imported.  Written against vLLM 0.32, in one process.
+With tensor parallelism vLLM has processes of its own on the same node, each with a part of every weight; a new version
+reaches them through shared memory, as a file from which each takes its part.
+
+Outside vLLM's own environment nothing here can be imported.  Written against vLLM 0.32; the engine itself is in this
+process.
 """
 
+import os
+import tempfile
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,6 +20,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 from vllm import EngineArgs, TokensPrompt
@@ -39,6 +47,8 @@ from actors.weights import InPlaceWeights
 _BLOCK_TOKENS = 32
 """Of the paged cache; only whole blocks of a prompt are shared."""
 
+_SHARED_MEMORY = "/dev/shm"
+
 
 class VLLMEngine:
     """Implements `actors.engine.Engine`.
@@ -50,6 +60,7 @@ class VLLMEngine:
         max_rows: samples decoded together.
         eos_ids: tokens that end a response.
         max_len: longest prompt with response, tokens; None = what the model's positions allow.
+        tensor_parallel: processes, each with a GPU of this process, that share the weights.
         trust_remote_code: run code that comes with the model.
     """
 
@@ -62,6 +73,7 @@ class VLLMEngine:
         max_rows: int,
         eos_ids: frozenset[int],
         max_len: int | None = None,
+        tensor_parallel: int = 1,
         trust_remote_code: bool = False,
     ) -> None:
         config = AutoConfig.from_pretrained(model_dir, trust_remote_code=trust_remote_code)
@@ -83,8 +95,12 @@ class VLLMEngine:
             generation_config="vllm",  # not the model's own sampling defaults
             async_scheduling=False,  # a step's tokens are of the weights that are there when it is taken
             trust_remote_code=trust_remote_code,
+            tensor_parallel_size=tensor_parallel,
+            # Children of this process, not Ray actors: its GPUs are theirs.
+            distributed_executor_backend="mp" if tensor_parallel > 1 else None,
         )
         self._engine = LLMEngine.from_engine_args(arguments)
+        self._has_processes = tensor_parallel > 1
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
         self._staging = model.to_empty(device="cpu")
@@ -171,7 +187,7 @@ class VLLMEngine:
             raise EngineError("an update must have begun before it ends; call begin_update() first")
         self._weights.end()
         start = time.perf_counter()
-        self._engine.collective_rpc(_reload, args=(self._staging.named_parameters(),))
+        self._hand_over()
         self._weights.release()
         (self._version, mode), self._next = self._next, None
         self._engine.reset_prefix_cache(reset_running_requests=mode == "reprefill")
@@ -190,6 +206,17 @@ class VLLMEngine:
     def stats(self) -> EngineStats:
         """Return a snapshot of the counters."""
         return replace(self._stats, num_live_rows=len(self._live), num_waiting_requests=len(self._waiting))
+
+    def _hand_over(self) -> None:
+        """Give vLLM's workers all weights: as they are in this process, as a file in memory to other processes."""
+        if not self._has_processes:
+            self._engine.collective_rpc(_reload, args=(self._staging.named_parameters(),))
+            return
+        where = _SHARED_MEMORY if os.path.isdir(_SHARED_MEMORY) else None
+        with tempfile.TemporaryDirectory(dir=where, prefix="concord-weights-") as directory:
+            path = os.path.join(directory, "version.safetensors")
+            save_file({name: tensor.detach() for name, tensor in self._staging.named_parameters()}, path)
+            self._engine.collective_rpc(_reload_file, args=(path,))
 
     def _start(self, row: LiveRow) -> None:
         request, sampling = row.group.request, row.group.request.sampling
@@ -236,6 +263,12 @@ class VLLMEngine:
         if reason == "stop":
             finish = "eos" if row.tokens[-1] in self._eos_ids else "stop"
         return self._endings.completion(row, finish)
+
+
+def _reload_file(worker: Any, path: str) -> None:
+    """In a process of vLLM's: its worker takes its part of every tensor in a file."""
+    with safe_open(path, framework="pt") as file:
+        _reload(worker, ((name, file.get_tensor(name)) for name in file.keys()))  # noqa: SIM118  # no mapping
 
 
 def _reload(worker: Any, tensors: Iterator[tuple[str, Tensor]]) -> None:
