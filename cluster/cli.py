@@ -83,12 +83,51 @@ def evaluate(config: ConfigPath, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def plan(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Show the batch plan and the processes of a training run; nothing is started."""
+def plan(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    cluster: Annotated[str, typer.Option(help="Plan for 8xH100-80GB, 2x8xH100,96cpu,1000GB, or a YAML file.")] = "",
+    address: Annotated[str, typer.Option(help="Plan for the Ray cluster at this address, as it is now.")] = "",
+    calibration: Annotated[str, typer.Option(help="Run directory to take step times from.")] = "",
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
+) -> None:
+    """Show what a training run would do, take and need, here or elsewhere; nothing is started. Status 1: it cannot."""
     run_config = _run_config(config, overrides)
-    from cluster.plan import render
+    if cluster and address:
+        raise ConfigError(f"one of --cluster and --address must be given, got {cluster!r} and {address!r}")
+    from cluster.hardware import described, live_cluster, this_machine
+    from cluster.plan import make_plan, to_json
 
-    _show(render(run_config))
+    hardware = described(cluster) if cluster else live_cluster(address) if address else this_machine()
+    planned = make_plan(run_config, hardware, calibration=calibration or None)
+    if json:
+        print(to_json(planned))
+    else:
+        from cluster.plan_page import render
+
+        _show(render(planned))
+    if not planned.is_feasible:
+        raise typer.Exit(1)
+
+
+@app.command()
+def doctor(
+    config: Annotated[str, typer.Argument(metavar="[CONFIG.yaml]", help="A configuration to check as well.")] = "",
+    overrides: Overrides = None,
+    address: Annotated[str, typer.Option(help="A Ray cluster whose nodes must see the configuration's paths.")] = "",
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+) -> None:
+    """Check this machine for what runs stumble over: versions, GPUs, ports, token, disks, paths. Status 1: a fail."""
+    run_config = load(RunConfig, config, overrides or []) if config else None
+    from cluster.doctor import examine, has_failed, render, to_json
+
+    findings = examine(run_config, address=address or None)
+    if json:
+        print(to_json(findings))
+    else:
+        _show(render(findings))
+    if has_failed(findings):
+        raise typer.Exit(1)
 
 
 @app.command()
