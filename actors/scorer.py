@@ -70,18 +70,21 @@ class Scorer:
 
     Args:
         model: a decoder with an output head, in eval mode or without dropout.
+        device: where it will run, None = where it is.
     """
 
     layout: Layout = "padded"
     call_cost = CALL_COST
     """See `actors.shared_attention`."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, *, device: torch.device | None = None) -> None:
         self._model = model
         self._head = _swap_head(model)
         self.is_chunked = self._head is not None
         self.is_chunked = self.is_chunked and _head_is_last(self, model)
-        self.layout = "shared" if _attends_without_mask(self, model) or _takes_shared_rows(self, model) else "padded"
+        stays = device is None or device.type == model.device.type  # plans are for the CPU
+        takes = (stays and _attends_without_mask(self, model)) or _takes_shared_rows(self, model)
+        self.layout = "shared" if takes else "padded"
 
     def row(self, groups: Sequence[PromptGroup]) -> GroupRow:
         """Lay groups out as this model needs them."""

@@ -93,16 +93,7 @@ class LearnerRank:
         dtype = resolve_dtype(policy.dtype, self._device)
         self._is_exact = dtype == torch.float32
         self._records_are_old = _records_are_old(algorithm, is_exact=self._is_exact, max_staleness=max_staleness)
-        model = self._load_model(policy, dtype)
-        scoring = Scoring(
-            temperature=temperature,
-            chunk_tokens=learner.chunk_tokens,
-            entropy_gradient=algorithm.entropy_coef > 0,
-            kept_bytes=learner.softmax_bytes,
-        )
-        self._networks = Networks(
-            model, learner, scoring=scoring, dtype=dtype, rank=rank, has_values=algorithm.needs_values
-        )
+        self._networks = self._make_networks(policy, learner, temperature=temperature, dtype=dtype)
         self._version: int | None = None  # published last; None = the weights that were loaded
         self._publisher = Publisher(
             self._networks.module.policy,
@@ -227,8 +218,29 @@ class LearnerRank:
         moving = {} if self._moving is None else {"reference": self._moving}
         return {**self._networks.engines, **moving}
 
-    def _load_model(self, policy: PolicyConfig, dtype: torch.dtype) -> PreTrainedModel:
-        return load_model(self._model_dir, dtype=dtype, device=self._device, trust_remote_code=policy.trust_remote_code)
+    def _make_networks(
+        self, policy: PolicyConfig, learner: LearnerConfig, *, temperature: float, dtype: torch.dtype
+    ) -> Networks:
+        scoring = Scoring(
+            temperature=temperature,
+            chunk_tokens=learner.chunk_tokens,
+            entropy_gradient=self._algorithm.entropy_coef > 0,
+            kept_bytes=learner.softmax_bytes,
+        )
+        # ZeRO 3 cuts a model into shards on its way from main memory, so that no GPU holds it whole.
+        is_cut = learner.backend == "zero" and learner.zero_stage == 3 and self._device.type != "cpu"
+        return Networks(
+            self._load_model(policy, dtype, torch.device("cpu") if is_cut else self._device),
+            learner,
+            scoring=scoring,
+            dtype=dtype,
+            rank=self._rank,
+            has_values=self._algorithm.needs_values,
+            device=self._device if is_cut else None,
+        )
+
+    def _load_model(self, policy: PolicyConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+        return load_model(self._model_dir, dtype=dtype, device=device, trust_remote_code=policy.trust_remote_code)
 
     def _moving_reference(
         self, policy: PolicyConfig, learner: LearnerConfig, temperature: float
@@ -239,7 +251,7 @@ class LearnerRank:
         # Small changes of an average would be lost in half precision.
         dtype = torch.float32 if config.mode == "ema" else resolve_dtype(policy.dtype, self._device)
         return MovingReference(
-            self._load_model(policy, dtype),
+            self._load_model(policy, dtype, self._device),
             self._publisher,
             config,
             temperature=temperature,

@@ -41,13 +41,16 @@ class PolicyAndValue(nn.Module):
     Args:
         policy: decoder with an output head; wrapped in place.
         has_value_head: False when a critic of its own gives the values.
+        device: where it will run, None = where the policy is.
     """
 
-    def __init__(self, policy: PreTrainedModel, *, has_value_head: bool = True) -> None:
+    def __init__(
+        self, policy: PreTrainedModel, *, has_value_head: bool = True, device: torch.device | None = None
+    ) -> None:
         super().__init__()
         self.policy = policy
         self.value_head = _value_head(policy) if has_value_head else None
-        self.scorer = Scorer(policy)
+        self.scorer = Scorer(policy, device=device)
 
     def forward(self, row: GroupRow, scoring: Scoring) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Run a row.

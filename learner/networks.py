@@ -34,12 +34,14 @@ class Networks:
     """Policy and value function of one rank.
 
     Args:
-        model: the policy, on its device; wrapped and changed in place.
+        model: the policy; wrapped and changed in place.
         config: backend, ZeRO stage, optimizer, critic, LoRA.
         scoring: temperature and chunks.
         dtype: of the forward passes.
         rank: this process among `config.num_ranks`.
         has_values: whether there is a value function.
+        device: where the networks run.  With ZeRO 3 the model may be in main memory, and is cut into shards on its way
+            there, so that no device holds it whole.  None = where the model is.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Networks:
         dtype: torch.dtype,
         rank: int,
         has_values: bool = True,
+        device: torch.device | None = None,
     ) -> None:
         self._scoring = scoring
         self._vocab_size = int(model.config.get_text_config().vocab_size)
@@ -58,7 +61,7 @@ class Networks:
         # ZeRO 3 pairs each forward with the backward after it: after several forwards its gradients are wrong
         self.keeps_graphs = config.backend == "local" or config.zero_stage < 3
         """Whether several forwards may come before their backwards."""
-        self.device = model.device
+        self.device = model.device if device is None else device
         is_separate = has_values and config.critic == "separate"
         critic = Critic(model) if is_separate else None
         if config.gradient_checkpointing:
@@ -69,11 +72,11 @@ class Networks:
             add_lora(model, config.lora)
             if critic is not None:
                 add_lora(critic.trunk, config.lora)
-        self.module = PolicyAndValue(model, has_value_head=has_values and not is_separate)
+        self.module = PolicyAndValue(model, has_value_head=has_values and not is_separate, device=device)
         if critic is not None and is_installed(model):
             install(critic.trunk)
-        self.policy = self._engine(self.module, config, dtype=dtype, rank=rank)
-        self.critic = self._engine(critic, config, dtype=dtype, rank=rank) if critic else None
+        self.policy = self._engine(self.module, config, dtype=dtype, rank=rank, device=device)
+        self.critic = self._engine(critic, config, dtype=dtype, rank=rank, device=device) if critic else None
 
     @property
     def engines(self) -> dict[str, OptimizerEngine]:
@@ -164,9 +167,11 @@ class Networks:
             engine.close()
 
     @staticmethod
-    def _engine(module: torch.nn.Module, config: LearnerConfig, *, dtype: torch.dtype, rank: int) -> OptimizerEngine:
+    def _engine(
+        module: torch.nn.Module, config: LearnerConfig, *, dtype: torch.dtype, rank: int, device: torch.device | None
+    ) -> OptimizerEngine:
         offloads = config.offload == "optimizer"
-        if offloads and next(module.parameters()).device.type == "cpu":
+        if offloads and (device or next(module.parameters()).device).type == "cpu":
             raise ValueError(
                 "learner.offload must be none without a GPU, got optimizer: its state is in main memory already; set "
                 "placement.learner_gpus to 1 or leave it out"
@@ -180,4 +185,5 @@ class Networks:
             world_size=config.num_ranks,
             dtype=dtype,
             offloads=offloads,
+            device=device,
         )

@@ -135,8 +135,9 @@ def make_engine(
     groups: Sequence[ParameterGroup] = (),
     dtype: torch.dtype = torch.float32,
     offloads: bool = False,
+    device: torch.device | None = None,
 ) -> OptimizerEngine:
-    """Return the engine that owns `module`, which is already on its device, and trains it in `dtype`.
+    """Return the engine that owns `module` and trains it in `dtype`.
 
     Args:
         module: what `forward` calls; parameters that do not require gradients stay as they are.
@@ -148,6 +149,7 @@ def make_engine(
         groups: parameters with a learning rate of their own; the rest follow the schedule.
         dtype: of the forward pass; the optimizer works in float32.
         offloads: keep master weights and moments in main memory, and update there; DeepSpeed from stage 1 on.
+        device: where DeepSpeed's stage 3 works with a module that is elsewhere; None = where the module is.
     """
     if backend == "local":
         from learner.local import LocalEngine
@@ -158,4 +160,6 @@ def make_engine(
     from learner.zero import ZeroEngine
 
     ranks = (rank, world_size)
-    return ZeroEngine(module, config, stage=zero_stage, ranks=ranks, groups=groups, dtype=dtype, offloads=offloads)
+    return ZeroEngine(
+        module, config, stage=zero_stage, ranks=ranks, groups=groups, dtype=dtype, offloads=offloads, device=device
+    )

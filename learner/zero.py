@@ -64,10 +64,11 @@ class ZeroEngine:
         groups: Sequence[ParameterGroup] = (),
         dtype: torch.dtype = torch.float32,
         offloads: bool = False,
+        device: torch.device | None = None,
     ) -> None:
         self.module = module
         self.rank, self.world_size = ranks
-        self._device = next(module.parameters()).device
+        self._device = device or next(module.parameters()).device
         self._deepspeed = _load_deepspeed(self._device)
         join_group(self.rank, self.world_size, self._device)
         self._stage = stage
@@ -82,6 +83,8 @@ class ZeroEngine:
         if offloads:
             pins = self._device.type != "cpu"
             settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": pins}
+        if device is not None and stage == 3:
+            self._shard(settings)
         with contextlib.redirect_stdout(io.StringIO()):  # some stages print their memory use
             self._engine, *_ = self._deepspeed.initialize(model=module, optimizer=self._adamw, config=settings)
         if stage == 0 and dtype == torch.float32:
@@ -187,6 +190,15 @@ class ZeroEngine:
     def close(self) -> None:
         """Free DeepSpeed's buffers; the process group ends with the process, other engines may use it."""
         self._engine.destroy()
+
+    def _shard(self, settings: dict[str, Any]) -> None:
+        """Cut the module's parameters into shards on the device, one after the other, so that it is never whole there.
+
+        DeepSpeed would move the whole module first.
+        """
+        self._deepspeed.zero.Init(module=self.module, config_dict_or_path=settings)
+        for buffer in self.module.buffers():
+            buffer.data = buffer.data.to(self._device)
 
     def _finish(self, *, is_blocked: bool) -> float:
         """Let DeepSpeed reduce, clip, update unless blocked, and clean up; return the norm before clipping."""

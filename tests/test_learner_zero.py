@@ -74,6 +74,18 @@ def test_the_norm_is_before_clipping_and_clipping_happens():
     assert largest_difference(weights(clipped), weights(unclipped)) > 1e-4  # eps matters only for tiny gradients
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_module_that_is_cut_into_shards_first_learns_the_same_to_the_bit(dtype):
+    whole, cut = (
+        make_engine(toy_module().to(dtype), OptimizerConfig(), backend="zero", zero_stage=3, dtype=dtype, device=device)
+        for device in (None, torch.device("cpu"))
+    )
+    assert [update(cut) for _ in range(3)] == [update(whole) for _ in range(3)]
+    assert largest_difference(weights(whole), weights(cut)) == 0
+    cut.load_full_state(dict(whole.full_state()), whole.num_updates)
+    assert update(cut) == update(whole)
+
+
 @pytest.mark.parametrize("stage", [None, *STAGES])
 @pytest.mark.parametrize("poison", ["loss", "gradient"])
 def test_a_non_finite_loss_or_gradient_skips_the_update_and_leaves_nothing_behind(stage, poison):
