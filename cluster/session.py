@@ -291,9 +291,7 @@ class Session:
         self._start_learner(starter)
         self._wait_ready()
 
-    def _reserve_learner(
-        self, placement: Placement, transport: ObjectStoreTransport, names: str
-    ) -> LearnerStarter:
+    def _reserve_learner(self, placement: Placement, transport: ObjectStoreTransport, names: str) -> LearnerStarter:
         """Keep a place for the ranks before workers take one, as theirs is the hardest to find."""
         starter = LearnerStarter(
             self.config,

@@ -89,7 +89,7 @@ def test_the_labels_are_those_that_concord_looks_for(cluster):
     from tests.run_toys import minimal_config
 
     placement = plan_placement(minimal_config(placement={"by_role": True}), cores=4)
-    wanted = {role.options()["label_selector"]["role"] for role in placement.all}
+    wanted = {role.labels["role"] for role in placement.all}
     assert wanted == set(_roles(cluster)) - {"head"}
     assert not any("label_selector" in role.options() for role in plan_placement(minimal_config(), cores=4).all)
 
