@@ -58,7 +58,8 @@ def ending(job: Job, log: str, *, now: float) -> str:
     if job.status == "STOPPED":
         return f"job {job.job_id} was stopped {after}; submitted again, it goes on.{directory}"
     status = "" if job.exit_code is None else f", exit status {job.exit_code}"
-    reason = last_screen(log if log and job.error_type in {"", _OWN_COMMAND} else job.message)
+    own = log.partition(f"Running entrypoint for job {job.job_id}: ")[2].partition("\n")[2] or log
+    reason = last_screen(own if own and job.error_type in {"", _OWN_COMMAND} else job.message)
     indented = "\n".join(f"  {line}" for line in reason.splitlines())
     return (
         f"job {job.job_id} has failed {after}{status}.{directory}\n"

@@ -119,7 +119,11 @@ def plan_on(client: "JobSubmissionClient", config: RunConfig) -> tuple[Placement
     """Return how a run's processes would share the cluster as it is now, and how many GPUs it has."""
     from ray.util.state import list_nodes
 
-    nodes: list[Any] = list_nodes(address=client.get_address(), filters=[("state", "=", "ALIVE")], limit=10_000)
+    # Ray takes the nodes that have gone, and are filtered out, for missing ones.
+    alive: Any = [("state", "=", "ALIVE")]
+    nodes: list[Any] = list_nodes(
+        address=client.get_address(), filters=alive, limit=10_000, raise_on_missing_output=False
+    )
     cores = [int(node.resources_total.get("CPU", 0)) for node in nodes]
     gpus = sum(node.resources_total.get("GPU", 0.0) for node in nodes)
     placement = plan_placement(
@@ -257,9 +261,9 @@ def wait(client: "JobSubmissionClient", job_id: str, *, timeout_s: float = 60.0)
 
 
 def _hush() -> None:
-    """Keep Ray from naming each ignore file that it reads; what is too large to travel is still warned of."""
-    for name in ("ray._private.runtime_env.packaging", "ray.dashboard.modules.dashboard_sdk"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    """Keep Ray from naming each ignore file that it reads; of what is too large to travel it still warns."""
+    for name in ("_private.runtime_env.packaging", "dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk"):
+        logging.getLogger(f"ray.{name}").setLevel(logging.WARNING)
     logging.getLogger("ray._private.runtime_env.working_dir").setLevel(logging.ERROR)  # warns of .git being left out
 
 

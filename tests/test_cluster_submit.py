@@ -4,8 +4,6 @@ import os
 import re
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import pytest
 import yaml
@@ -16,7 +14,7 @@ from cluster.interpreter import rays_python
 from cluster.job_page import ending, last_screen, took
 from cluster.storage import RunStorage
 from cluster.submit import Job, environment_of
-from tests.job_cluster import ROOT, job_cluster
+from tests.job_cluster import RAY, ROOT, job_cluster, wait_for
 from tests.run_toys import TINY_POLICY, minimal_config
 
 WALKS = "examples/randomwalks.yaml"
@@ -38,7 +36,8 @@ def test_time_that_a_job_has_taken():
 
 
 def test_a_failures_cause_is_the_end_of_its_output():
-    log = "step 1\r\x1b[32mstep 2\x1b[0m\n\nValueError: run.x must be y, got z\n"
+    ours = "step 1\r\x1b[32mstep 2\x1b[0m\n\nValueError: run.x must be y, got z\n"
+    log = f"job_manager.py:1 -- Runtime env is setting up.\nRunning entrypoint for job walks-1: exec python3 x\n{ours}"
     assert ending(job(), log, now=0.0).splitlines() == [
         "job walks-1 has failed after 1:02:05, exit status 2. Run directory: /shared/walks",
         "  step 2",
@@ -225,7 +224,7 @@ def test_a_stopped_job_saves_its_step_and_goes_on_when_it_is_submitted_again(ser
 @pytest.mark.timeout(900)
 def test_rays_own_command_works_whatever_python_its_shell_finds(server, tmp_path):
     command = [
-        str(Path(sys.executable).parent / "ray"), "job", "submit", "--address", server.address, "--working-dir", ".",
+        RAY, "job", "submit", "--address", server.address, "--working-dir", ".",
         "--", "python", "-m", "cluster.cli", "train", WALKS, f"run.dir={tmp_path / 'walks'}", "run.num_steps=1",
     ]  # fmt: skip
     done = subprocess.run(
@@ -242,8 +241,16 @@ def test_rays_own_command_works_whatever_python_its_shell_finds(server, tmp_path
     assert re.search(r"raysubmit_\w+.*SUCCEEDED.*python -m cluster\.cli", listed.stdout)
 
 
-def wait_for(is_so, timeout_s=200.0):
-    deadline = time.monotonic() + timeout_s
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(0.5)
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_plan_is_for_the_nodes_that_are_there(server, project):
+    """One comes and goes; its GPU is one of the two that are wanted, and missing ones may still come."""
+    arguments = ("submit", "train.yaml", "--address", server.address, "--follow")
+    gpus = ("placement.rollout_gpus=1", "placement.learner_gpus=1")
+    with server.node("--num-gpus=1"):
+        wanting = server.concord(*arguments, *gpus, cwd=project).stdout
+    assert "4 cores. " in wanting
+    assert "GPUs of all processes must be at most the 1 available, got 2 wanted" in wanting
+    assert "Submitted all the same: a cluster that grows with its work has placement.ready_timeout_s = 300 s" in wanting
+    assert "Submitted: job " in wanting
+    wait_for(lambda: "2 cores. " in server.concord(*arguments, cwd=project).stdout)
