@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from cluster.fleet import Member, MemberState
@@ -42,6 +42,8 @@ class ProcessStatus:
     resident_mb: float | None
     """Main memory when it was last asked, MiB."""
 
+
+_FIELDS = tuple(field.name for field in fields(ProcessStatus))
 
 _ASIDE = (Verb.PING, Verb.STATS)
 """Calls that are no work."""
@@ -121,9 +123,10 @@ def _waits_for(member: Member, target: Weights | None, reason: Activity, now: fl
 def write_processes(directory: str, processes: Sequence[ProcessStatus]) -> None:
     """Put the view in its place, whole; what the disk refuses is left out."""
     path = os.path.join(directory, PROCESSES_FILE)
+    rows = [{name: getattr(process, name) for name in _FIELDS} for process in processes]
     with suppress(OSError):
         with open(f"{path}.new", "w", encoding="utf-8") as file:
-            json.dump({"processes": [asdict(process) for process in processes]}, file)
+            file.write(json.dumps({"processes": rows}))
         os.replace(f"{path}.new", path)
 
 

@@ -50,7 +50,10 @@ def render_timeline(columns: Mapping[str, np.ndarray]) -> str:
         return ""
     present = [phase for phase in Phase if any(bar.phase is phase for bar in bars)]
     legend = "".join(f'<span><i class="p-{phase}"></i>{phase}</span>' for phase in present)
-    note = "The last steps: who was busy when. The numbers above the bars are steps, where they begin to learn."
+    note = (
+        "The last steps. Score is what judging takes after the step's last generation; the numbers above the bars are "
+        "steps, where their learning begins."
+    )
     return (
         f'<section><h2>Timeline</h2><p class="note">{note}</p><figure class="card timeline">'
         f'<div class="legend">{legend}</div>{draw_timeline(bars)}</figure></section>'

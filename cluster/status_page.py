@@ -92,13 +92,14 @@ def shown(text: str) -> str:
 
 def _processes(status: RunStatus) -> Table:
     """Return who does what; the age is that of the oldest lease, or of whatever else the process was asked."""
-    names = ("process", "state", "does", "waits for", "weights", "lease age", "memory")
+    names = ("process", "state", "does", "weights", "lease age", "memory")
     table = _table(*names, title=_titled("processes", status.processes, len(status.processes), MAX_PROCESSES_SHOWN))
     # Those that somebody may have to look at come first.
     for process in sorted(status.processes, key=lambda process: process.state == "up")[:MAX_PROCESSES_SHOWN]:
         age = None if process.since is None else _seconds(status.at - process.since)
         memory = None if process.resident_mb is None else f"{process.resident_mb:.0f} MiB"
-        _add_row(table, process.name, process.state, process.does, process.waits_for, process.weights, age, memory)
+        does = process.does or (f"waits for {process.waits_for}" if process.waits_for else "")
+        _add_row(table, process.name, process.state, does, process.weights, age, memory)
     return table
 
 

@@ -3,7 +3,6 @@
 The loop's verbs say which phase they are; the pipeline says what its workers do.  Either rewrites `processes.json`.
 """
 
-import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -85,7 +84,7 @@ class Watch:
     def _driver(self) -> ProcessStatus:
         learner = f"the learner, which {self._does}" if self._does else ""
         return ProcessStatus(
-            name=f"driver, process {os.getpid()}",
+            name="driver",
             state="up",
             does="",
             waits_for=learner or self._waits_for or "its processes to start",
@@ -101,7 +100,7 @@ class Watch:
                 name=f"learner-{rank}.{self._life}",
                 state="up" if is_up else "starting",
                 does=self._does if is_up else "",
-                waits_for=self._waits_for if is_up else "all ranks, their model and the steps since the checkpoint",
+                waits_for=self._waits_for if is_up else "a place, its peers and its model",
                 weights=str(self._step) if is_up else None,
                 since=self._since if self._does or not is_up else None,
                 resident_mb=None,

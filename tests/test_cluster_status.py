@@ -399,10 +399,11 @@ def test_each_process_of_a_run_that_works_is_told(run_dir, invoke):
         lock.close()
     rows = [row for row in _cells(text) if row[1] in ("up", "down")]
     assert [row[0] for row in rows] == ["rollout-1.4", "rollout-0.0", "reward-0.0"], "who needs a look comes first"
-    assert rows[1][1:5] == ["up", "generates 2 groups", "", "3"]
-    assert 90.0 <= float(rows[1][5].removesuffix(" s")) < 150.0
-    assert rows[1][6] == "412 MiB"
-    assert rows[2][3] == shown(f"rollouts {HOSTILE}")
+    assert rows[0][2] == "waits for its next start, in 2.0 s"
+    assert rows[1][1:4] == ["up", "generates 2 groups", "3"]
+    assert 90.0 <= float(rows[1][4].removesuffix(" s")) < 150.0
+    assert rows[1][5] == "412 MiB"
+    assert rows[2][2] == shown(f"waits for rollouts {HOSTILE}")
     assert [process["name"] for process in found["processes"]] == ["rollout-0.0", "reward-0.0", "rollout-1.4"]
 
 
