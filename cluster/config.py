@@ -202,14 +202,6 @@ def _algorithm_problems(config: RunConfig) -> Iterator[str]:
             f"learner.offload must be none without a GPU for the learner, got {config.learner.offload}: its state is "
             "in main memory already; set placement.learner_gpus or leave it out"
         )
-    learner = config.learner
-    stays = learner.backend == "zero" and (learner.zero_stage not in (1, 2) or learner.offload != "none")
-    if config.placement.colocated and config.placement.learner_gpus and stays:
-        yield (
-            "learner.zero_stage must be 1 or 2 and learner.offload none with placement.colocated on a GPU, got "
-            f"{learner.zero_stage} and {learner.offload}: DeepSpeed moves no other stage out of the way; change them, "
-            "or set learner.backend local"
-        )
     if algorithm.reference.mode == "base" and config.learner.lora is None:
         yield (
             "learner.lora must be set with algorithm.reference.mode base, which is the policy without its adapters; "

@@ -53,7 +53,8 @@ def device_need(layout: Layout, role: str) -> tuple[int, int | None]:
     need = memory.device_bytes
     if layout.placement.shares_gpus and role in ("rollout", "learner"):
         learner, rollout = layout.memory_of("learner"), layout.memory_of("rollout")
-        stays = sum(learner.part(name) for name in ("weights", "optimizer", "reference", "process"))
+        held = () if layout.config.learner.rests_in_main_memory else ("weights", "optimizer")
+        stays = sum(learner.part(name) for name in (*held, "reference", "process"))
         need = max(learner.device_bytes + rollout.part("process"), stays + rollout.device_bytes)
     elif budget is not None:
         share = {"rollout": layout.placement.rollout, "reward": layout.placement.reward}.get(role)

@@ -39,6 +39,10 @@ class OptimizerConfig(Config):
     """Clip the global gradient norm to this."""
 
 
+OFFLOADING_STAGES = (1, 2)
+"""ZeRO stages that DeepSpeed moves out of a GPU's way."""
+
+
 class LearnerConfig(Config):
     """How the policy is trained on a batch."""
 
@@ -72,6 +76,14 @@ class LearnerConfig(Config):
     """Recompute activations in the backward pass: less memory, more time."""
     offload: Literal["none", "optimizer"] = "none"
     """optimizer: master weights and Adam's moments in main memory, updated there; with a GPU and ZeRO from stage 1."""
+
+    @property
+    def rests_in_main_memory(self) -> bool:
+        """Whether weights and optimizer state leave a GPU while others have their turn on it.
+
+        DeepSpeed moves those of stages 1 and 2 with any optimizer; stage 3 wants its own, stage 0 is not asked.
+        """
+        return self.backend == "local" or self.zero_stage in OFFLOADING_STAGES
 
     @model_validator(mode="after")
     def _local_is_one_process(self) -> "LearnerConfig":

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from learner.config import OptimizerConfig
+from learner.config import OFFLOADING_STAGES, OptimizerConfig
 from learner.optimizer import NonFiniteError, ParameterGroup, adamw_groups, clip
 from learner.process_group import join_group
 
@@ -173,7 +173,7 @@ class ZeroEngine:
         self._num_updates = num_updates
 
     def offload(self) -> None:
-        """Move what stages 1 and 2 hold to main memory; DeepSpeed does not do it for the others."""
+        """Move what is held to main memory, see `LearnerConfig.rests_in_main_memory`."""
         if self._stage in OFFLOADING_STAGES:
             self._engine.offload_states(pin_memory=self._device.type != "cpu")
             self._is_offloaded = True
@@ -249,9 +249,6 @@ class ZeroEngine:
         master_of = {id(parameter): master for parameter, master in pairs}
         return {name: master_of[id(parameter)] for name, parameter in self._parameters.items()}
 
-
-OFFLOADING_STAGES = (1, 2)
-"""Stages that DeepSpeed moves out of a GPU's way with any optimizer: stage 3 wants its own, stage 0 is not asked."""
 
 ALONE = {"contiguous_gradients": False, "reduce_bucket_size": 20_000_000}
 """For one rank, which reduces nothing: else each micro-batch's gradients are copied into a buffer made for them."""

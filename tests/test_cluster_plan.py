@@ -159,6 +159,10 @@ def test_shared_gpus_hold_the_learners_state_beside_the_rollouts(models):
     need, budget = device_need(plan.layout, "learner")
     assert max(learner.device_bytes, rollout.device_bytes) < need < learner.device_bytes + rollout.device_bytes
     assert budget == 80 * GB
+    moves = planned(run_of_7b(models["policy"], **sections | {"learner": {"num_ranks": 8, "zero_stage": 2}}))
+    assert device_need(moves.layout, "learner")[0] == (
+        moves.layout.memory_of("learner").device_bytes + moves.layout.memory_of("rollout").part("process")
+    ), "what stage 2 holds is in main memory while others generate"
 
 
 def test_what_others_use_is_waited_for(models):
