@@ -63,5 +63,5 @@ def device_need(layout: Layout, role: str) -> tuple[int, int | None]:
 
 
 def gigabytes(num_bytes: int) -> str:
-    """Return e.g. `16.4 GB`, of 10^9 bytes."""
-    return f"{num_bytes / GB:.1f} GB"
+    """Return e.g. `16.4 GB`, of 10^9 bytes, or `6.1 MB` where that is little."""
+    return f"{num_bytes / GB:.1f} GB" if num_bytes >= GB / 20 else f"{num_bytes / 10**6:.1f} MB"

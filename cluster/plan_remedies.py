@@ -17,19 +17,21 @@ Overrides = Mapping[str, Any]
 
 def remedy(layout: Layout, sizes: Sizes, role: str) -> str:
     """Return the settings with which a role's processes fit, each tried; the first three that do."""
-    works = []
+    works: list[Overrides] = []
     for change in _CHANGES[role](layout.config):
+        if any(enough.items() <= change.items() for enough in works):
+            continue
         try:
             config = _changed(layout.config, change)
         except ConfigError:
             continue
         other = lay_out(config, layout.hardware, sizes)
         if _fits(other, role):
-            works.append(_written(change))
+            works.append(change)
         if len(works) == _MAX_PROPOSED:
             break
     if works:
-        return f"it fits with {', or '.join(works)}"
+        return f"it fits with {', or '.join(map(_written, works))}"
     return "none of the settings tried makes it fit on this hardware; use larger GPUs, more of them, or a smaller model"
 
 

@@ -68,7 +68,6 @@ def run_of_70b(policy: str = "owner/model", **sections: dict[str, Any]) -> RunCo
 
 COMMAND = """
 import sys, time
-started = time.perf_counter()
 sys.argv = ["concord", *{arguments}]
 import cluster.cli as cli
 try:
@@ -76,12 +75,12 @@ try:
 except SystemExit as end:
     status = end.code or 0
 heavy = [name for name in ("torch", "transformers", "deepspeed", "ray", "vllm") if name in sys.modules]
-print("ENDED", status, heavy, time.perf_counter() - started)
+print("ENDED", status, heavy, time.process_time())
 """
 
 
 def run_command(*arguments):
-    """Run a command in a process of its own; return what it printed, its status, heavy modules, seconds."""
+    """Run a command in a process of its own; return what it printed, its status, heavy modules, CPU seconds."""
     code = COMMAND.format(arguments=arguments)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     printed, _, end = done.stdout.rpartition("ENDED ")

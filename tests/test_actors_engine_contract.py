@@ -209,3 +209,30 @@ def test_what_can_never_be_served_is_refused(make):
     with pytest.raises(ValueError, match="must fit into 128 tokens"):
         engine.submit([request("a", [1]), request("long", [1] * 120)])
     assert not engine.has_work
+
+
+@pytest.mark.skipif(not HAS_VLLM, reason="vLLM is not installed")
+def test_processes_that_share_a_replica_say_what_one_says_and_take_new_weights(model_dir):
+    os.environ.update(VLLM_ENVIRONMENT)
+    from actors.vllm_engine import VLLMEngine
+
+    engine = VLLMEngine(
+        model_dir,
+        tokenizer(),
+        dtype=torch.float32,
+        max_rows=8,
+        eos_ids=frozenset(),
+        max_len=128,
+        tensor_parallel=2,
+    )
+    for seed in (0, 1):
+        update(engine, seed, weights_of(seed))
+        done = serve(engine, *[request(key, prompt, temperature=0.0) for key, prompt in PROMPTS.items()])
+        model = toy(seed)
+        for key, prompt in PROMPTS.items():
+            whole = model.generate(
+                torch.tensor([prompt]), do_sample=False, max_new_tokens=12, eos_token_id=None, pad_token_id=37
+            )
+            assert done[key, 0].response_ids.tolist() == whole[0, len(prompt) :].tolist()
+            expected = plain_logprobs(model, prompt, done[key, 0].response_ids)
+            np.testing.assert_allclose(done[key, 0].logprobs, expected, atol=1e-4)
