@@ -20,6 +20,8 @@ from cluster.run import Run
 from tests.run_toys import tiny_config
 from tests.test_cluster_grafana import check_queries
 
+pytestmark = pytest.mark.slow
+
 LONGEST_REPORT_S = 60.0
 """Ray hands gauges on each 10 s."""
 
