@@ -52,18 +52,16 @@ def submit_run(
         variables: `NAME=VALUE` of the job's processes.
     """
     from cluster import submit
-    from cluster.placement import PlacementError, check_gpus
-    from cluster.plan import render
+    from cluster.plan import make_plan
+    from cluster.plan_page import render
 
     environment = submit.environment_of(variables)
     client = submit.connect(address)
-    placement, gpus = submit.plan_on(client, config)
-    _show(render(config, placement))
-    try:
-        check_gpus(config, gpus)
-    except PlacementError as error:
+    plan = make_plan(config, submit.hardware_of(client))
+    _show(render(plan))
+    if not plan.is_feasible:
         _show(
-            f"{error}. Submitted all the same: a cluster that grows with its work has "
+            "Submitted all the same: a cluster that grows with its work has "
             f"placement.ready_timeout_s = {config.placement.ready_timeout_s:g} s for it."
         )
     job_id = submit.submit(client, config, path=path, overrides=overrides, environment=environment)

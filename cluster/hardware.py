@@ -139,27 +139,47 @@ def live_nodes(*, free: bool = False) -> tuple[Node, ...]:
     from ray._private.state import available_resources_per_node  # ray's public functions sum over nodes
 
     left: Mapping[str, Mapping[str, float]] = available_resources_per_node() if free else {}
-    nodes = []
-    for found in ray.nodes():
-        if not found["Alive"]:
-            continue
-        resources: Mapping[str, float] = left.get(found["NodeID"], {}) if free else found["Resources"]
-        labels = {key: value for key, value in (found.get("Labels") or {}).items() if key != "ray.io/node-id"}
-        kinds = [name.partition(":")[2] for name in found["Resources"] if name.startswith("accelerator_type:")]
-        memory, store = found["Resources"].get("memory"), found["Resources"].get("object_store_memory")
-        nodes.append(
-            Node(
-                name=found["NodeManagerAddress"],
-                cpus=resources.get("CPU", 0.0),
-                gpus=resources.get("GPU", 0.0),
-                gpu_bytes=GPU_BYTES.get(kinds[0] if kinds else labels.get(_GPU_LABEL, "")),
-                # Ray counts what tasks may take apart from its store.
-                memory_bytes=int(memory + (store or 0)) if memory else None,
-                object_store_bytes=int(store) if store else None,
-                labels=labels,
-            )
+    return tuple(
+        node_of(
+            found["NodeManagerAddress"],
+            found["Resources"],
+            found.get("Labels"),
+            free=left.get(found["NodeID"], {}) if free else None,
         )
-    return tuple(nodes)
+        for found in ray.nodes()
+        if found["Alive"]
+    )
+
+
+def node_of(
+    name: str,
+    total: Mapping[str, float],
+    labels: Mapping[str, str] | None,
+    *,
+    free: Mapping[str, float] | None = None,
+) -> Node:
+    """Return a node as Ray describes it.
+
+    Args:
+        name: of the node.
+        total: its resources.
+        labels: its labels.
+        free: of the resources, what the result shall have; None = all.
+    """
+    resources = total if free is None else free
+    known = {key: value for key, value in (labels or {}).items() if key != "ray.io/node-id"}
+    kinds = [resource.partition(":")[2] for resource in total if resource.startswith("accelerator_type:")]
+    memory, store = total.get("memory"), total.get("object_store_memory")
+    return Node(
+        name=name,
+        cpus=resources.get("CPU", 0.0),
+        gpus=resources.get("GPU", 0.0),
+        gpu_bytes=GPU_BYTES.get(kinds[0] if kinds else known.get(_GPU_LABEL, "")),
+        # Ray counts what tasks may take apart from its store.
+        memory_bytes=int(memory + (store or 0)) if memory else None,
+        object_store_bytes=int(store) if store else None,
+        labels=known,
+    )
 
 
 def live_cluster(address: str) -> Hardware:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cluster.config import ConfigError, RunConfig
-from cluster.placement import Placement, plan_placement
+from cluster.hardware import Hardware, node_of
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -115,21 +115,16 @@ def environment_of(variables: Sequence[str]) -> dict[str, str]:
     return dict(text.split("=", 1) for text in variables)
 
 
-def plan_on(client: "JobSubmissionClient", config: RunConfig) -> tuple[Placement, float]:
-    """Return how a run's processes would share the cluster as it is now, and how many GPUs it has."""
+def hardware_of(client: "JobSubmissionClient") -> Hardware:
+    """Return the cluster's nodes as they are now, asked of its dashboard: this process does not join it."""
     from ray.util.state import list_nodes
 
     # Ray takes the nodes that have gone, and are filtered out, for missing ones.
     alive: Any = [("state", "=", "ALIVE")]
-    nodes: list[Any] = list_nodes(
-        address=client.get_address(), filters=alive, limit=10_000, raise_on_missing_output=False
-    )
-    cores = [int(node.resources_total.get("CPU", 0)) for node in nodes]
-    gpus = sum(node.resources_total.get("GPU", 0.0) for node in nodes)
-    placement = plan_placement(
-        config, cores=max(1, sum(cores)), node_cores=min((count for count in cores if count), default=1)
-    )
-    return placement, gpus
+    address = client.get_address()
+    found: list[Any] = list_nodes(address=address, filters=alive, limit=10_000, raise_on_missing_output=False)
+    nodes = [node_of(node.node_ip, node.resources_total, node.labels) for node in found]
+    return Hardware(nodes=tuple(nodes), source=f"the Ray cluster at {address}")
 
 
 def submit(
