@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 VLLM_VENV ?= .venv-vllm
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test faults vllm algorithms performance lint format types
+.PHONY: help demo test runs faults vllm algorithms performance lint format types
 
 help:  ## Show these targets
 	@grep -E '^[a-z.]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 12
@@ -17,6 +17,9 @@ demo: $(STAMP)  ## Train SmolLM2 from human ratings, end to end; about 15 minute
 
 test: $(STAMP)  ## Run the tests that need neither a GPU nor patience
 	@$(BIN)/python -m pytest -q $(TESTS)
+
+runs: $(STAMP)  ## Run what tests of whole runs the others leave out: ahead of the learner, taking turns, interrupted; 5 minutes
+	@$(BIN)/python -m pytest -q -n 0 -m slow tests/test_cluster_run.py -k "ahead_of or turns_with or interrupt"
 
 faults: $(STAMP)  ## Kill, freeze and starve the processes of real runs, and simulate thousands more; about 20 minutes
 	@$(BIN)/python -m pytest -q -m "slow or not slow" tests/test_cluster_faults.py tests/test_cluster_ranks.py tests/test_cluster_run.py

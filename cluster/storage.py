@@ -169,7 +169,7 @@ class RunStorage:
         """Write a Parquet file, whole or not at all, with the metadata of the table's schema."""
         content = pa.BufferOutputStream()
         # Tokens and log-probs seldom repeat: to look for what does takes three times as long as writing them.
-        settings = {"use_dictionary": False, "write_statistics": False, "compression": "zstd"}
+        settings = {"use_dictionary": False, "compression": "zstd"}
         with pq.ParquetWriter(content, table.schema, write_page_checksum=True, **settings) as writer:
             writer.write_table(table)
         self._replace(self.path(*parts), content.getvalue())

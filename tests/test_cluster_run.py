@@ -113,6 +113,7 @@ def test_stopped_and_continued_equals_uninterrupted_to_the_bit(straight, ray_clu
     assert json.loads((directory / "summary.json").read_text())["groups"]["trained"] == 16
 
 
+@pytest.mark.slow
 def test_ahead_of_the_learner_nothing_is_lost_and_a_replay_gives_the_same_weights(straight, ray_cluster, data):
     """Stopped in the middle, with groups of later steps on their way, and continued."""
     directory = straight.parent / "ahead"
@@ -132,6 +133,7 @@ def test_ahead_of_the_learner_nothing_is_lost_and_a_replay_gives_the_same_weight
     assert all(torch.equal(tensor, weights[name]) for name, tensor in weights_of(again).items())
 
 
+@pytest.mark.slow
 def test_turns_with_the_same_memory_change_no_bit(straight, ray_cluster, data):
     directory = straight.parent / "turns"
     held = {"generated": [], "learning": []}
@@ -215,7 +217,8 @@ def test_a_run_that_loses_a_rollout_worker_and_its_learner_equals_an_undisturbed
     assert (last["faults_num_learner_restarts"], last["faults_num_replayed_steps"]) == (1, 1)
 
 
-@pytest.mark.parametrize("request_to_end", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("request_to_end", [signal.SIGINT, signal.SIGTERM])
 def test_interrupt_saves_the_last_step_and_leaves_no_process(data, tmp_path, request_to_end):
     directory = tmp_path / "interrupted"
     path = tmp_path / "config.yaml"
