@@ -33,7 +33,7 @@ TOKENS_PER_S = 2500.0
 """Of one worker with all its rows busy; a row's share does not depend on how many are."""
 MEAN_LENGTH, MAX_LENGTH, SIGMA = 4096.0, 16384, 1.0
 """Of the responses, tokens: lognormal, cut at four times the mean, the mean being that after the cut."""
-PROMPTS_PER_WORKER = 4
+PROMPTS_PER_WORKER = 16
 """Groups of one step for each rollout worker."""
 ROLLOUTS_PER_JUDGE = 8
 """Rollout workers for each reward worker."""
@@ -44,8 +44,8 @@ JUDGE_S = 2.0
 """A judge's time for one group, seconds; it takes one at a time: 65,536 tokens, 7 billion parameters, 450 TFLOP/s."""
 LOAD_S = 2.0
 """From a publication to a worker's acknowledgement, seconds, while it decodes on: 14 GB over 100 Gbit/s, and some."""
-LEARN_S = 55.0
-"""The learner's time for a step and for gathering its weights, seconds: below the 105 s that generation takes."""
+LEARN_S = 200.0
+"""The learner's time for a step and for gathering its weights, seconds: below the 419 s that generation takes."""
 NETWORK_S = 0.0005
 """A message's way from driver to worker or back, seconds."""
 BUFFER_BYTES_PER_WORKER = 64 * 2**20
