@@ -6,6 +6,7 @@ import math
 import os
 import re
 import struct
+import time
 import sys
 
 import pytest
@@ -96,12 +97,17 @@ def test_wandb_writes_a_run_that_can_be_sent_later(storage, monkeypatch):
     (written,) = glob.glob(os.path.join(storage.directory, "wandb", "offline-run-*", f"run-{run_id}.wandb"))
     from wandb.proto import wandb_internal_pb2
 
-    records = [wandb_internal_pb2.Record.FromString(content) for content in _log_records(written)]
-    rows = [
-        {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
-        for record in records
-        if record.WhichOneof("record_type") == "history"
-    ]
+    def rows_of() -> list[dict[str, str]]:
+        records = [wandb_internal_pb2.Record.FromString(content) for content in _log_records(written)]
+        return [
+            {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
+            for record in records
+            if record.WhichOneof("record_type") == "history"
+        ]
+
+    deadline = time.monotonic() + 30
+    while len(rows := rows_of()) < 2 and time.monotonic() < deadline:  # another process writes them
+        time.sleep(0.2)
     assert [(row["step"], row["score_mean"]) for row in rows] == [("1", "0.25"), ("2", "0.5")]
     assert "kl" not in rows[0], "a figure that is no number is left out"
     assert "timeline_started_at" not in rows[1]
