@@ -6,8 +6,8 @@ import math
 import os
 import re
 import struct
-import time
 import sys
+import time
 
 import pytest
 
