@@ -103,9 +103,10 @@ def plan(
     if json:
         print(to_json(planned))
     else:
-        from cluster.plan_page import render
+        from cluster.plan_page import render, verdict
 
         _show(render(planned))
+        print(f"{verdict(planned)} Nothing was started.")
     if not planned.is_feasible:
         raise typer.Exit(1)
 

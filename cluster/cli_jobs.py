@@ -58,7 +58,7 @@ def submit_run(
     environment = submit.environment_of(variables)
     client = submit.connect(address)
     plan = make_plan(config, submit.hardware_of(client))
-    _show(render(plan))
+    _show(render(plan), has_markup=True)
     if not plan.is_feasible:
         _show(
             "Submitted all the same: a cluster that grows with its work has "
@@ -134,7 +134,7 @@ def _write(text: str) -> None:
     sys.stdout.flush()
 
 
-def _show(page: "RenderableType") -> None:
+def _show(page: "RenderableType", *, has_markup: bool = False) -> None:
     from rich.console import Console
 
-    Console(highlight=False, markup=False, soft_wrap=isinstance(page, str)).print(page)
+    Console(highlight=False, markup=has_markup, soft_wrap=isinstance(page, str)).print(page)

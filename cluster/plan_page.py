@@ -27,8 +27,12 @@ def render(plan: Plan) -> RenderableType:
         f"[{'red' if p.level == 'fail' else 'yellow'}]{p.level}[/] {p.about}: {_plain(p.message)}"
         for p in plan.problems
     ]
-    verdict = "The run can start." if plan.is_feasible else "The run cannot start as it is."
-    return Group(*parts, f"{verdict} Nothing was started.")
+    return Group(*parts)
+
+
+def verdict(plan: Plan) -> str:
+    """Return what the tables come to."""
+    return "The run can start." if plan.is_feasible else "The run cannot start as it is."
 
 
 def _processes(plan: Plan) -> Table:
