@@ -85,20 +85,28 @@ class EngineStats:
     extra: dict[str, float] = field(default_factory=dict)
 
 
-def check_request(request: Request, *, in_flight: Container[str], max_len: int) -> None:
-    """Check what every engine demands of a request.
+def check_requests(requests: Sequence[Request], *, in_flight: Container[str], max_len: int) -> set[str]:
+    """Check what every engine demands of requests that are submitted together; return their ids.
 
     Args:
-        request: to be submitted.
+        requests: to be submitted.
         in_flight: ids of the requests that are queued or live.
         max_len: longest prompt with response, tokens.
 
     Raises:
-        ValueError: if the request could never be served.
+        ValueError: if one of them could never be served.
     """
+    ids: set[str] = set()
+    for request in requests:
+        _check_request(request, is_known=request.request_id in in_flight or request.request_id in ids, max_len=max_len)
+        ids.add(request.request_id)
+    return ids
+
+
+def _check_request(request: Request, *, is_known: bool, max_len: int) -> None:
     where, sampling, num_prompt = f"request {request.request_id!r}", request.sampling, len(request.prompt_ids)
     longest = sampling.max_new_tokens
-    if request.request_id in in_flight:
+    if is_known:
         raise ValueError(f"request ids must be unique while in flight, got a second {where}; name it differently")
     if not num_prompt:
         raise ValueError(f"prompts must have at least one token, got none ({where}); add a BOS token or some text")

@@ -30,7 +30,7 @@ from actors.engine import (
     FinishReason,
     Request,
     UpdateMode,
-    check_request,
+    check_requests,
 )
 from actors.live_rows import Endings, LiveGroup, LiveRow, Outputs
 from actors.packed_linear import pack, release, repack
@@ -136,11 +136,7 @@ class TorchEngine:
 
     def submit(self, requests: Sequence[Request]) -> None:
         """Queue requests; all of them or, when one is refused, none."""
-        known = set(self._ids)
-        for request in requests:
-            check_request(request, in_flight=known, max_len=self._max_len)
-            known.add(request.request_id)
-        self._ids = known
+        self._ids |= check_requests(requests, in_flight=self._ids, max_len=self._max_len)
         self._queue.extend(LiveGroup(request=request) for request in requests)
 
     @torch.inference_mode()

@@ -39,7 +39,7 @@ from actors.engine import (
     FinishReason,
     Request,
     UpdateMode,
-    check_request,
+    check_requests,
 )
 from actors.live_rows import Endings, LiveGroup, LiveRow
 from actors.weights import InPlaceWeights
@@ -136,11 +136,7 @@ class VLLMEngine:
 
     def submit(self, requests: Sequence[Request]) -> None:
         """Queue requests; all of them or, when one is refused, none."""
-        known = set(self._ids)
-        for request in requests:
-            check_request(request, in_flight=known, max_len=self._max_len)
-            known.add(request.request_id)
-        self._ids = known
+        self._ids |= check_requests(requests, in_flight=self._ids, max_len=self._max_len)
         for group in [LiveGroup(request=request) for request in requests]:
             self._waiting.extend(LiveRow(group=group, sample_index=i) for i in range(group.request.num_samples))
 
