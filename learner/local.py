@@ -43,6 +43,7 @@ class LocalEngine:
         )
         self._num_updates = 0
         self._is_finite = True
+        self._is_offloaded = False
 
     @property
     def num_updates(self) -> int:
@@ -118,10 +119,13 @@ class LocalEngine:
     def offload(self) -> None:
         """Move parameters, masters and moments to main memory."""
         self._move(torch.device("cpu"))
+        self._is_offloaded = True
 
     def reload(self) -> None:
         """Move them back."""
-        self._move(self._device)
+        if self._is_offloaded:  # asked before every step
+            self._move(self._device)
+            self._is_offloaded = False
 
     def close(self) -> None:
         """Drop gradients and optimizer state."""
