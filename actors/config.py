@@ -100,6 +100,8 @@ class RolloutsConfig(Config):
     """Which engine generates. vllm needs the extra of that name, and its samples are not the same bits twice."""
     num_workers: int = Field(default=1, ge=1)
     """Inference replicas, each one process."""
+    max_workers: int | None = Field(default=None, ge=1)
+    """Start more replicas, up to so many, on nodes that join the cluster or that nobody uses; null = never."""
     tensor_parallel: int = Field(default=1, ge=1)
     """GPUs (on a CPU: processes) that share one replica, its weights cut into as many parts; with engine vllm."""
     prompts_per_step: int = Field(default=8, ge=1)
@@ -121,6 +123,15 @@ class RolloutsConfig(Config):
             raise ValueError(
                 f"tensor_parallel must be 1 with engine {self.engine}, got {self.tensor_parallel}: only vLLM cuts "
                 "weights into parts; set engine vllm"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _grows_or_stays(self) -> "RolloutsConfig":
+        if self.max_workers is not None and self.max_workers < self.num_workers:
+            raise ValueError(
+                f"max_workers must be at least num_workers = {self.num_workers}, got {self.max_workers}; raise it, or "
+                "leave it out"
             )
         return self
 

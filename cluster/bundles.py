@@ -75,12 +75,17 @@ def has_labels(labels: Mapping[str, str], selectors: Mapping[str, str]) -> bool:
     return all(_matches(labels.get(key), selector) for key, selector in selectors.items())
 
 
+def capacity(node: Node, *, cpus: float, gpus: float, labels: Mapping[str, str]) -> int:
+    """Return how many bundles with these resources a node has room for; none where it lacks the labels."""
+    return _Room(node).holds(cpus=cpus, gpus=gpus) if has_labels(node.labels, labels) else 0
+
+
 def gang_strategy(
     count: int, *, cpus: float, gpus: float, labels: Mapping[str, str], nodes: Sequence[Node]
 ) -> Strategy:
     """Return STRICT_PACK where one node is large enough for all ranks, else PACK."""
     for node in nodes:
-        if has_labels(node.labels, labels) and _Room(node).holds(cpus=cpus, gpus=gpus) >= count:
+        if capacity(node, cpus=cpus, gpus=gpus, labels=labels) >= count:
             return "STRICT_PACK"
     return "PACK"
 

@@ -13,8 +13,8 @@ OPERATIONAL = frozenset(
     {
         "run.dir", "run.checkpoint_every", "run.keep_checkpoints", "run.trackers", "pipeline.timeout_s",
         "pipeline.heartbeat_s", "pipeline.max_restarts", "pipeline.max_retries", "pipeline.max_quarantined",
-        "rollouts.num_workers", "rollouts.tensor_parallel", "reward.num_workers", "learner.backend",
-        "learner.num_ranks", "learner.zero_stage",
+        "rollouts.num_workers", "rollouts.max_workers", "rollouts.tensor_parallel", "reward.num_workers",
+        "learner.backend", "learner.num_ranks", "learner.zero_stage",
     }
 )  # fmt: skip
 """Settings (and all of `placement`) that change where and how work is done, not what is learnt: a run may be continued

@@ -29,14 +29,6 @@ _SICK = 2
 """So many failures of the machinery in a row on one worker are the worker's fault."""
 
 
-class RetriesError(RuntimeError):
-    """The machinery failed a group more often than allowed; the message names the group, the failure and the remedy."""
-
-
-class DataError(RuntimeError):
-    """More groups than allowed failed through their own fault; the message names the last one and the remedy."""
-
-
 class Dispatcher:
     """Decides; `take_commands` hands out what was decided.
 
@@ -126,6 +118,11 @@ class Dispatcher:
         self._dispatch(now)
         return offer
 
+    def grow(self, count: int, now: float) -> None:
+        """Start up to so many more rollout workers: the cluster has room for them."""
+        self.fleets[Role.ROLLOUT].grow(count)
+        self._dispatch(now)
+
     @property
     def is_resting(self) -> bool:
         """Whether workers that were sent to rest have still to give their memory back."""
@@ -171,9 +168,10 @@ class Dispatcher:
         """Look at the clock: deadlines, backoffs, heartbeats."""
         for worker, verb in self.calls.late(now).items():
             self._counters["num_deadlines"] += 1
-            if verb is Verb.READY and worker.life == 0:
-                timeout_s = self.fleets[worker.role].config.ready_timeout_s
-                self._stop(NotReadyError(f"worker {worker} must be ready within {timeout_s:g} s and is not"))
+            fleet = self.fleets[worker.role]
+            if verb is Verb.READY and fleet.is_first(worker):
+                late = f"worker {worker} must be ready within {fleet.config.ready_timeout_s:g} s and is not"
+                self._stop(NotReadyError(late))
             self._lose(worker, f"it did not answer {verb!s} in time", now)
         self._dispatch(now)
 
@@ -250,7 +248,8 @@ class Dispatcher:
 
     def _stop_if_unstartable(self, call: Call, failure: Failure) -> None:
         """A constructor that raises the first time will raise again: say so at once."""
-        if call.verb is Verb.READY and failure.kind is FailureKind.DATA and call.worker.life == 0:
+        is_first = self.fleets[call.worker.role].is_first(call.worker)
+        if call.verb is Verb.READY and failure.kind is FailureKind.DATA and is_first:
             self._stop(FleetError(f"the {call.worker.role} workers cannot start: {failure.text}"))
 
     def _lose_if_sick(self, member: Member, cause: str, now: float) -> None:
@@ -285,11 +284,7 @@ class Dispatcher:
         group.num_retries += 1
         self._counters["num_retries"] += 1
         if group.num_retries > self._limits.max_retries:
-            error = RetriesError(
-                f"group {group.group_id} must get through in {self._limits.max_retries + 1} attempts and did not; the "
-                f"last failure was {cause}; mend the cause and resume, or raise pipeline.max_retries"
-            )
-            self._stop(error)
+            self._stop(self._limits.too_many_retries(group.group_id, cause))
         if backoff:  # what it was given may be what failed, so nothing of the attempt is kept
             group.discard_rollouts()
             self._waiting.rest(group, until=now + _FIRST_RETRY_S * 2.0 ** (group.num_retries - 1))
@@ -307,11 +302,7 @@ class Dispatcher:
         group.quarantined(reason)
         self._notes.append(f"group {group.group_id} is quarantined: {reason}")
         if self._ledger.counts()["quarantined"] > self._limits.max_quarantined:
-            error = DataError(
-                f"at most {self._limits.max_quarantined} groups may be quarantined, and group {group.group_id} is one "
-                f"more: {reason}; mend prompts or judges, or raise pipeline.max_quarantined"
-            )
-            self._stop(error)
+            self._stop(self._limits.too_many_quarantined(group.group_id, reason))
 
     def _stop(self, error: Exception) -> None:
         self.error = self.error or error  # the first one is the cause

@@ -33,16 +33,21 @@ class FleetConfig:
     """How many workers, and what each may take."""
 
     count: int
+    """Workers that the run begins with."""
     capacity: int
     """Groups in flight on one worker: enough to keep it busy, few enough that a death loses little."""
     ready_timeout_s: float
     max_restarts: int
     """Lives of one slot that may end without a single success, beyond the first."""
+    max_count: int = 0
+    """Workers at most, where nodes that join the cluster have room for more than `count`."""
 
 
 class MemberState(StrEnum):
     """Where a slot is."""
 
+    ABSENT = "absent"
+    """Beyond those that the run begins with, and no room was found for it."""
     DOWN = "down"
     STARTING = "starting"
     UP = "up"
@@ -126,6 +131,9 @@ class Fleet:
 
     Example: one slot, max_restarts 1.  rollout-0.0 dies: rollout-0.1 starts at once; it dies before a success: the slot
     is given up, and the fleet is empty.  With a success in between the count begins anew.
+
+    With max_count 2 there is a slot 1, absent until `grow` says that there is room for it, and absent again when its
+    process dies: the node may be gone.
     """
 
     def __init__(self, role: Role, config: FleetConfig) -> None:
@@ -134,8 +142,10 @@ class Fleet:
         self.num_restarts = 0
         self.num_given_up = 0
         self._changed: set[int] = set()
-        slots = range(config.count)
+        slots = range(max(config.count, config.max_count))
         self.members = [Member(worker=WorkerId(role=role, slot=s, life=0), changed=self._changed) for s in slots]
+        for member in self.members[config.count :]:
+            member.state = MemberState.ABSENT
         self._last_cause = ""
         self._unseen = set(slots)
         self._down: set[int] = set()
@@ -149,6 +159,16 @@ class Fleet:
         """Return the slot whose present process this is, None when the process has been replaced or given up."""
         member = self.members[worker.slot]
         return member if member.worker == worker and member.state in (MemberState.STARTING, MemberState.UP) else None
+
+    def is_first(self, worker: WorkerId) -> bool:
+        """Whether the run begins with this process: where it cannot start, none of its kind can."""
+        return worker.life == 0 and worker.slot < self.config.count
+
+    def grow(self, count: int) -> None:
+        """Say that there is room for so many more; as many as are absent will be started."""
+        absent = [member for member in self.members if member.state is MemberState.ABSENT]
+        for member in absent[:count]:
+            member.state = MemberState.DOWN
 
     def start(self, now: float) -> list[WorkerId]:
         """Begin a life in every slot that is down and whose backoff is over."""
@@ -180,6 +200,10 @@ class Fleet:
             self.members[slot] = gone  # nothing is in flight there
             self.num_given_up += 1
             return f"{self._last_cause}; its place is given up after {failures} failures in a row"
+        if slot >= self.config.count:
+            freed = Member(worker=life, changed=self._changed, num_failures=failures, state=MemberState.ABSENT)
+            self.members[slot] = freed
+            return f"{self._last_cause}; another takes its place when there is room"
         self.num_restarts += 1
         backoff = 0.0 if failures == 1 else min(_LONGEST_BACKOFF_S, 0.5 * 2.0 ** (failures - 2))
         self.members[slot] = Member(worker=life, changed=self._changed, num_failures=failures, start_at=now + backoff)
@@ -229,8 +253,8 @@ class Fleet:
 
     @property
     def is_empty(self) -> bool:
-        """Whether every slot is given up."""
-        return self.num_given_up == self.config.count
+        """Whether every slot is given up or absent."""
+        return all(member.state in (MemberState.GIVEN_UP, MemberState.ABSENT) for member in self.members)
 
     def exhausted(self) -> FleetError:
         """Return the error that says why nobody is left."""

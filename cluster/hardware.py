@@ -135,12 +135,17 @@ def described(text: str) -> Hardware:
 
 def live_nodes(*, free: bool = False) -> tuple[Node, ...]:
     """Return the living nodes of the Ray cluster that this process has joined, or what is free of them."""
+    return tuple(live_nodes_by_id(free=free).values())
+
+
+def live_nodes_by_id(*, free: bool = False) -> dict[str, Node]:
+    """Return `live_nodes` by Ray's ids."""
     import ray
     from ray._private.state import available_resources_per_node  # ray's public functions sum over nodes
 
     left: Mapping[str, Mapping[str, float]] = available_resources_per_node() if free else {}
-    return tuple(
-        node_of(
+    return {
+        found["NodeID"]: node_of(
             found["NodeManagerAddress"],
             found["Resources"],
             found.get("Labels"),
@@ -148,7 +153,7 @@ def live_nodes(*, free: bool = False) -> tuple[Node, ...]:
         )
         for found in ray.nodes()
         if found["Alive"]
-    )
+    }
 
 
 def node_of(

@@ -85,6 +85,10 @@ class Pipeline:
         offer: StreamOffer | None = self._ask(self._core.offer, weights, make, base)
         return offer
 
+    def grow(self, count: int) -> None:
+        """Start up to so many more rollout workers: the cluster has room for them."""
+        self._ask(self._core.grow, count)
+
     def rest(self) -> None:
         """Have every rollout worker give its memory back until there is something to generate again."""
         self._ask(self._core.rest).result()

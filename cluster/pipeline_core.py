@@ -16,11 +16,11 @@ import pyarrow as pa
 from actors.prompts import DrawnPrompt
 from actors.streams import StreamOffer
 from cluster.config import RunConfig
-from cluster.dispatcher import DataError, Dispatcher
+from cluster.dispatcher import Dispatcher
 from cluster.draws import Draws, Place, Prompts
 from cluster.groups import Batch, held_out_work, training_work
 from cluster.ledger import GroupState, Ledger, LedgerJournal
-from cluster.limits import fleets, limits
+from cluster.limits import DataError, fleets, limits
 from cluster.messages import Kill, Start, Weights, Workers
 from cluster.open_round import OpenRound
 from cluster.processes import ProcessStatus, process_figures, worker_processes
@@ -159,6 +159,10 @@ class PipelineCore:
     ) -> StreamOffer | None:
         """Make weights that are about to be broadcast the newest; see `Dispatcher.offer`."""
         return self._dispatcher.offer(weights, make, self._clock(), base=base)
+
+    def grow(self, count: int) -> None:
+        """Start up to so many more rollout workers; see `Dispatcher.grow`."""
+        self._dispatcher.grow(count, self._clock())
 
     def rest(self) -> "Future[None]":
         """Return a future for every rollout worker having given its memory back; see `Dispatcher.rest`."""

@@ -79,6 +79,11 @@ class Processes:
         return "cuda" if self.gpus else "cpu"
 
     @property
+    def busy_cpus(self) -> float:
+        """Return the cores that one keeps busy: what it is to have on a node that it need not share with others."""
+        return self.cpus if self.gpus else max(self.cpus, float(self.threads))
+
+    @property
     def environment(self) -> dict[str, str]:
         """Return the environment variables of these processes; the driver's planned faults are theirs too."""
         planned = {name: os.environ[name] for name in faults.VARIABLES if name in os.environ}

@@ -83,6 +83,11 @@ def placement_problems(placement: PlacementConfig, rollouts: RolloutsConfig, lea
             f"placement.rollout_labels must be left out with placement.colocated on GPUs, got "
             f"{placement.rollout_labels}: rollout workers are where the ranks are; set learner_labels"
         )
+    elif placement.shares_gpus and rollouts.max_workers is not None:
+        yield (
+            f"rollouts.max_workers must be left out with placement.colocated on GPUs, got {rollouts.max_workers}: one "
+            "rollout worker and one rank share a GPU"
+        )
     elif placement.shares_gpus and rollouts.num_workers != learner.num_ranks:
         yield (
             f"rollouts.num_workers must be learner.num_ranks = {learner.num_ranks} with placement.colocated on GPUs, "

@@ -73,6 +73,7 @@ class Places:
         self._gang = gang
         self._timeout_s = timeout_s
         self._groups: dict[str, Any] = {}
+        self._roomy: list[str] = []
         self._is_free = True
         """Whether workers may be spread over the nodes; not where Ray puts them into their parent's group."""
 
@@ -91,15 +92,28 @@ class Places:
             if group.role != "learner" and (group.gpus or group.labels):
                 self._groups[group.role] = ask_for(group, timeout_s=self._timeout_s)
 
+    @property
+    def can_grow(self) -> bool:
+        """Whether workers may go where there is room; inside a Tune trial they may not."""
+        return self._is_free
+
+    def grow(self, nodes: list[str]) -> None:
+        """Have rollout workers beyond those that the run begins with start on nodes, by Ray's ids."""
+        self._roomy = nodes
+
     def options(self, role: str, slot: int) -> dict[str, Any]:
         """Return Ray's options for where the worker of a slot goes, also for its successors."""
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+        rollout = self._placement.rollout
+        if role == "rollout" and slot >= rollout.count:
+            labels = {**rollout.labels, "ray.io/node-id": f"in({','.join(self._roomy)})"}
+            return {"num_cpus": rollout.busy_cpus, "label_selector": labels}
         is_guest = role == "rollout" and self._placement.shares_gpus
         group = self._gang() if is_guest else self._groups.get(role)
         if group is not None:
             return {"scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=slot)}
-        labels = (self._placement.rollout if role == "rollout" else self._placement.reward).labels
+        labels = (rollout if role == "rollout" else self._placement.reward).labels
         spread = {"scheduling_strategy": "SPREAD"} if role == "rollout" and self._is_free else {}
         return spread | ({"label_selector": dict(labels)} if labels else {})
 

@@ -68,6 +68,8 @@ def worker_processes(dispatcher: "Dispatcher", now: float) -> list[ProcessStatus
     for role, fleet in dispatcher.fleets.items():
         target = dispatcher.distribution.target if role is Role.ROLLOUT else None
         for member in fleet.members:
+            if member.state is MemberState.ABSENT:
+                continue
             calls = [pending for pending in dispatcher.calls.of(member.worker) if pending.call.verb not in _ASIDE]
             does = _does(member, {pending.call.verb for pending in calls})
             stats = dispatcher.stats.get(member.worker)

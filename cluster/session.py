@@ -5,7 +5,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from itertools import count
 from typing import Any, Literal
@@ -23,11 +23,12 @@ from cluster.config import ConfigError, RunConfig
 from cluster.distribution import wire_of
 from cluster.fleet import NotReadyError
 from cluster.gang import LearnerStarter
+from cluster.growth import Growth, live_views
 from cluster.ledger import Ledger, LedgerJournal, Unrecorded
 from cluster.messages import Role, Weights
 from cluster.pipeline import Batch, Pipeline
 from cluster.pipeline_core import PipelineCore
-from cluster.placement import Placement, PlacementError, join_cluster, plan_placement
+from cluster.placement import Placement, PlacementError, Processes, join_cluster, plan_placement
 from cluster.places import Places
 from cluster.pool import RayWorkers, fetch, unique_name
 from cluster.processes import ProcessStatus
@@ -290,6 +291,21 @@ class Session:
         self._exit.callback(self.pipeline.close)
         self._start_learner(starter)
         self._wait_ready()
+        if config.rollouts.max_workers is not None:
+            self._watch_for_room(placement.rollout, places)
+
+    def _watch_for_room(self, rollouts: Processes, places: Places) -> None:
+        """Start more rollout workers where the cluster has room for them, as long as the session lasts."""
+        if not places.can_grow:
+            self.display.say("rollouts.max_workers has no effect here: a Tune trial has room for num_workers")
+            return
+
+        def grow(nodes: list[str], count: int) -> None:
+            places.grow(nodes)
+            with suppress(Exception):  # the pipeline has ended, and whoever waits for it is told why
+                self.pipeline.grow(count)
+
+        self._exit.callback(Growth(rollouts, live_views, grow).close)
 
     def _reserve_learner(self, placement: Placement, transport: ObjectStoreTransport, names: str) -> LearnerStarter:
         """Keep a place for the ranks before workers take one, as theirs is the hardest to find."""

@@ -149,8 +149,12 @@ class FleetUsage:
         """
         figures: dict[str, float] = {}
         for role, usage in self._usages.items():
-            shares = usage.take(now)
-            self.busy |= {(role, slot): share.get("busy", 0.0) for slot, share in enumerate(shares)}
+            members = self._fleets[role].members
+            present = [member.state is not MemberState.ABSENT for member in members]
+            by_slot = {slot: share for slot, share in enumerate(usage.take(now)) if present[slot]}
+            self.busy = {key: share for key, share in self.busy.items() if key[0] is not role}
+            self.busy |= {(role, slot): share.get("busy", 0.0) for slot, share in by_slot.items()}
+            shares = by_slot.values()
             for reason in _REASONS[role]:
                 total = sum(share.get(str(reason), 0.0) for share in shares)
                 figures[f"idle_{role}_{reason}"] = total / max(1, len(shares))

@@ -15,11 +15,13 @@ LIMITS = Limits(timeout_s=10.0, heartbeat_s=60.0, max_retries=3, max_quarantined
 class World:
     """Collects the dispatcher's commands, and answers them when told to."""
 
-    def __init__(self, *, rollouts=2, rewards=1, capacity=2, max_restarts=1, limits=LIMITS):
+    def __init__(self, *, rollouts=2, max_rollouts=0, rewards=1, capacity=2, max_restarts=1, limits=LIMITS):
         self.ledger = Ledger()
         fleets = {
-            role: FleetConfig(count=count, capacity=capacity, ready_timeout_s=30.0, max_restarts=max_restarts)
-            for role, count in ((Role.ROLLOUT, rollouts), (Role.REWARD, rewards))
+            role: FleetConfig(
+                count=count, max_count=max_count, capacity=capacity, ready_timeout_s=30.0, max_restarts=max_restarts
+            )
+            for role, count, max_count in ((Role.ROLLOUT, rollouts, max_rollouts), (Role.REWARD, rewards, 0))
         }
         self.dispatcher = Dispatcher(fleets=fleets, limits=limits, ledger=self.ledger)
         self.now = 0.0

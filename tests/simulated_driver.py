@@ -176,6 +176,33 @@ class SimulatedRun(Run):
         return prompts
 
 
+class _SimulatedGrowth:
+    """Nodes with room that come, and come back, when the world wants."""
+
+    def __init__(self, world: World, grow: Callable[[list[str], int], None]) -> None:
+        self._world = world
+        self._grow = grow
+        self._random = random.Random(digest("growth", world.seed))
+        self._is_open = True
+        self._wait()
+
+    def close(self) -> None:
+        """Look no more."""
+        self._is_open = False
+
+    def _wait(self) -> None:
+        if self._world.seed is not None:  # in the undisturbed world there is no room
+            self._world.later(self._random.uniform(1.0, 60.0), self._look)
+
+    def _look(self) -> None:
+        if self._is_open:
+            count = self._random.randint(1, 2)
+            self._world.injected["node_joined"] += 1
+            self._world.tell(f"room for {count} more rollout workers")
+            self._grow(["a node"], count)
+            self._wait()
+
+
 @contextmanager
 def standing_in(place: Place) -> Iterator[None]:
     """Have a session start the world's processes in place of Ray's, and leave out TensorBoard, gauges and the lock."""
@@ -207,6 +234,7 @@ def standing_in(place: Place) -> Iterator[None]:
         "join_cluster": lambda config: (2.0, 2.0),
         "plan_placement": Nobody,
         "Places": Nobody,
+        "Growth": lambda processes, look, grow: _SimulatedGrowth(world, grow),
         "prepare_policy": lambda config, **options: "model",
         "RayWorkers": workers,
         "PipelineCore": partial(PipelineCore, clock=lambda: world.now),

@@ -12,8 +12,8 @@ from typing import Any
 
 from actors.schema import group_id
 from cluster.config import RunConfig, validate
-from cluster.dispatcher import DataError, RetriesError
 from cluster.fleet import FleetError
+from cluster.limits import DataError, RetriesError
 from cluster.loop import train
 from cluster.pipeline_core import WeightsLostError
 from cluster.placement import PlacementError
@@ -127,7 +127,7 @@ def _config(world: World, directory: str) -> RunConfig:
     component = "passed" if data.seed % 2 else None
     sampling = {"dynamic_sampling": {"max_waves": data.max_waves, "component": component}}
     evaluation = {"prompts": {"path": "held_out.jsonl"}, "every": 2, "num_prompts": max(1, data.num_held_out)}
-    raw = {
+    raw: dict[str, Any] = {
         "run": {
             "dir": directory,
             "num_steps": data.num_steps,
@@ -155,6 +155,8 @@ def _config(world: World, directory: str) -> RunConfig:
         },
         "placement": {"ready_timeout_s": 20.0, "colocated": not data.max_staleness and choice.random() < 0.4},
     }
+    if choice.random() < 0.4:
+        raw["rollouts"]["max_workers"] = raw["rollouts"]["num_workers"] + choice.randint(1, 2)
     return validate(RunConfig, raw, where="simulation")
 
 

@@ -9,7 +9,7 @@ from cluster import fleet
 from cluster.fleet import Fleet, FleetConfig, Member, MemberState
 from cluster.messages import Role, Weights
 
-CONFIG = FleetConfig(count=7, capacity=3, ready_timeout_s=1.0, max_restarts=2)
+CONFIG = FleetConfig(count=7, max_count=9, capacity=3, ready_timeout_s=1.0, max_restarts=2)
 VERSIONS = [Weights(incarnation=i, version=v) for i in range(2) for v in range(3)]
 
 
@@ -28,6 +28,8 @@ def outdated(members, target):
 
 def happen(crew, chance, now):
     """One thing that the dispatcher does to a member."""
+    if chance.random() < 0.02:
+        crew.grow(1)
     member = chance.choice(crew.members)
     if member.state is MemberState.STARTING:
         crew.up(member, now)
@@ -67,10 +69,11 @@ def disagreement(seed):
             return f"who is outdated at {now}"
         if [m.worker for m in crew.failed_loads()] != [m.worker for m in members if m.load_failure]:
             return f"who failed to load at {now}"
-        settled = all(member.state in (MemberState.UP, MemberState.GIVEN_UP) for member in members)
+        gone = (MemberState.GIVEN_UP, MemberState.ABSENT)
+        settled = all(member.state in (MemberState.UP, *gone) for member in members)
         if crew.is_ready is not settled:
             return f"who is up at {now}"
-        if crew.is_empty is not all(member.state is MemberState.GIVEN_UP for member in members):
+        if crew.is_empty is not all(member.state in gone for member in members):
             return f"whether anybody is left at {now}"
         changed = {member.worker.slot for member in crew.take_changed()}
         facts = {m.worker.slot: (m.state, m.loading, m.weights, m.num_groups > 0) for m in members}
