@@ -107,8 +107,8 @@ class Places:
 
         rollout = self._placement.rollout
         if role == "rollout" and slot >= rollout.count:
-            labels = {**rollout.labels, "ray.io/node-id": f"in({','.join(self._roomy)})"}
-            return {"num_cpus": rollout.busy_cpus, "label_selector": labels}
+            selectors = {**rollout.labels, "ray.io/node-id": f"in({','.join(self._roomy)})"}
+            return {"num_cpus": rollout.busy_cpus, "label_selector": selectors}
         is_guest = role == "rollout" and self._placement.shares_gpus
         group = self._gang() if is_guest else self._groups.get(role)
         if group is not None:

@@ -53,10 +53,10 @@ class JobCluster:
     @contextmanager
     def node(self, *options: str) -> Iterator[None]:
         """Have one more node with 2 CPUs in the cluster; it is gone afterwards."""
-        # In the head's directory the two would delete each other's copies of working directories.
-        own = self.directory / "node"
+        # In one directory, nodes would delete each other's copies of working directories.
+        own = Path(tempfile.mkdtemp(prefix="n-", dir=self.directory))
         command = [RAY, "start", f"--address={self.gcs_address}", f"--temp-dir={own}", *_OPTIONS, *options]
-        with _started(command, self.variables, self.directory / "node.log") as log:
+        with _started(command, self.variables, self.directory / f"{own.name}.log") as log:
             wait_for(lambda: "Ray runtime started" in log())
             yield
 
