@@ -12,12 +12,12 @@ A worked example: a prompt of 3 tokens with responses of 2 and 1.  Sampling runs
 both first tokens from its last logits, and feeds one drawn token, which sees 4 positions: 4 tokens, 10 pairs, 2 logits.
 """
 
-import json
-import os
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from cluster.model_shape import ModelShape
 
 Critic = Literal["none", "trunk", "separate"]
 """The value function: none, a head on the policy, or a decoder of its own."""
@@ -25,35 +25,7 @@ Critic = Literal["none", "trunk", "separate"]
 PHASES = ("generate", "score", "train")
 """Phases that need products; what is left of a step is `other`."""
 
-_GATED = frozenset({"gemma", "gemma2", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3"})
-"""Architectures with three matrices in the MLP and grouped-query attention, which is what is counted."""
-
 _FORWARD, _FORWARD_AND_BACKWARD = 1, 3
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Architecture:
-    """The shapes of a decoder."""
-
-    hidden: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    intermediate: int
-    vocab: int
-
-    @property
-    def layer_weights(self) -> int:
-        """Return the matrix weights of one layer."""
-        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        return self.hidden * (2 * queries + 2 * keys) + 3 * self.hidden * self.intermediate
-
-    def forward_flops(self, count: "Count") -> float:
-        """Return the operations of a forward pass."""
-        trunk = 2 * self.layers * self.layer_weights * count.tokens
-        attention = 4 * self.layers * self.heads * self.head_dim * count.pairs
-        return float(trunk + attention + 2 * self.hidden * self.vocab * count.logits)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,16 +76,22 @@ def _pairs(before: int, count: int) -> int:
     return count * before + count * (count + 1) // 2
 
 
-def needed_flops(
-    architecture: Architecture, groups: Iterable[Group], *, critic: Critic, has_judge: bool
-) -> dict[str, float]:
+def forward_flops(shape: ModelShape, count: Count) -> float:
+    """Return the operations of a forward pass."""
+    weights = sum(linear.inputs * linear.outputs for linear in shape.linears)
+    trunk = 2 * shape.layers * weights * count.tokens
+    attention = 4 * shape.layers * shape.heads * shape.head_dim * count.pairs
+    return float(trunk + attention + 2 * shape.hidden * shape.vocab * count.logits)
+
+
+def needed_flops(shape: ModelShape, groups: Iterable[Group], *, critic: Critic, has_judge: bool) -> dict[str, float]:
     """Return the operations that one on-policy update needs, by phase.
 
     Generation gives the old log-probs.  The reference scores each token.  The update runs the policy forward and
     backward; its forward pass gives the values that the advantages are made of, so there is no pass for them.
 
     Args:
-        architecture: of policy, reference, judge and critic alike.
+        shape: of policy, reference, judge and critic alike.
         groups: the step's batch.
         critic: the value function.
         has_judge: whether a reward model as large as the policy reads every response.
@@ -122,38 +100,13 @@ def needed_flops(
     sampling = sum((group.log_probs() for group in members), Count())
     states = sum((group.states() for group in members), Count())
     values = sum((group.states(logits=True) for group in members), Count())
-    score = architecture.forward_flops(sampling)
+    score = forward_flops(shape, sampling)
     if has_judge:
-        score += architecture.forward_flops(states)
-    train = _FORWARD_AND_BACKWARD * architecture.forward_flops(values if critic == "trunk" else sampling)
+        score += forward_flops(shape, states)
+    train = _FORWARD_AND_BACKWARD * forward_flops(shape, values if critic == "trunk" else sampling)
     if critic == "separate":
-        train += _FORWARD_AND_BACKWARD * architecture.forward_flops(states)
-    return {"generate": _FORWARD * architecture.forward_flops(sampling), "score": score, "train": train}
-
-
-def read_architecture(directory: str) -> Architecture:
-    """Return the shapes of a Hugging Face model directory.
-
-    Raises:
-        ValueError: when it is an architecture that is not counted here.
-    """
-    with open(os.path.join(directory, "config.json"), encoding="utf-8") as file:
-        config: dict[str, Any] = json.load(file)
-    if config["model_type"] not in _GATED:
-        raise ValueError(
-            f"model_type must be one of {', '.join(sorted(_GATED))}, got {config['model_type']!r} ({directory}); "
-            "operations of other decoders are not counted"
-        )
-    heads = config["num_attention_heads"]
-    return Architecture(
-        hidden=config["hidden_size"],
-        layers=config["num_hidden_layers"],
-        heads=heads,
-        kv_heads=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-        intermediate=config["intermediate_size"],
-        vocab=config["vocab_size"],
-    )
+        train += _FORWARD_AND_BACKWARD * forward_flops(shape, states)
+    return {"generate": _FORWARD * forward_flops(shape, sampling), "score": score, "train": train}
 
 
 def gemm_peak(*, threads: int, size: int = 2048, repeats: int = 15) -> float:

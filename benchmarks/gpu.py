@@ -35,9 +35,11 @@ from actors.rollout_worker import rollouts_table
 from actors.schema import PROMPTS, ROLLOUTS
 from actors.torch_engine import GPU_PACE, Pace, TorchEngine
 from actors.weights import InProcessTransport, Publication, receive
-from benchmarks.flops import Architecture, Group, needed_flops, read_architecture
+from benchmarks.flops import Group, needed_flops
 from benchmarks.learner_workload import Workload, learner_rank, scored_tables, step_plan
 from benchmarks.machine import finish
+from cluster.model_config import read_shape
+from cluster.model_shape import ModelShape
 from learner.config import LearnerConfig
 from reward.schema import SCORED
 
@@ -107,19 +109,19 @@ def _measure(
     model.save_pretrained(directory)
     character_tokenizer("abcdefghijklmnopqrstuvwxyz").save_pretrained(directory)
     del model
-    shapes = read_architecture(directory)
+    shapes = read_shape(directory)
     report = _generation(directory, shapes, sizes, device, machine["bandwidth_gb_s"] * 1e9)
     return report | _loop(directory, shapes, sizes, device, machine["peak_tflops"] * 1e12)
 
 
 def _generation(
-    directory: str, shapes: Architecture, sizes: Sizes, device: torch.device, bytes_per_s: float
+    directory: str, shapes: ModelShape, sizes: Sizes, device: torch.device, bytes_per_s: float
 ) -> dict[str, float]:
     """Return tokens a second with and without graphs, and the share of what bandwidth allows."""
     report = {}
     model = load_model(directory, dtype=_dtype(device), device=device)
     model_bytes = sum(parameter.nbytes for parameter in model.parameters())
-    key_bytes = 2 * shapes.layers * shapes.kv_heads * shapes.head_dim * next(model.parameters()).element_size()
+    key_bytes = shapes.kv_bytes(rows=1, tokens=1, item_bytes=next(model.parameters()).element_size())
     paces = {"eager": Pace(steps=1, prefill_tokens=GPU_PACE.prefill_tokens), "graphs": GPU_PACE}
     for rows in sizes.rows:
         for kind, pace in paces.items():
@@ -140,7 +142,7 @@ def _generation(
 
 
 def _loop(
-    directory: str, shapes: Architecture, sizes: Sizes, device: torch.device, peak_flops: float
+    directory: str, shapes: ModelShape, sizes: Sizes, device: torch.device, peak_flops: float
 ) -> dict[str, float]:
     """Return what steps of bringing weights, generating and learning cost."""
     row_tokens = sizes.prompt + sizes.samples * sizes.response
@@ -212,7 +214,7 @@ def _requests(groups: int, samples: int, sizes: Sizes) -> list[Request]:
     ]
 
 
-def _judged(work: Workload, shapes: Architecture) -> list[dict[str, Any]]:
+def _judged(work: Workload, shapes: ModelShape) -> list[dict[str, Any]]:
     """Return what judges would have said, row by row."""
     names = set(SCORED.names) - set(ROLLOUTS.names)
     return [

@@ -30,10 +30,11 @@ from transformers import PreTrainedTokenizerBase
 from actors.cache import cache_directory
 from actors.encoding import PromptEncoder
 from actors.policy import load_tokenizer
-from benchmarks.flops import PHASES, Critic, Group, gemm_peak, needed_flops, read_architecture
+from benchmarks.flops import PHASES, Critic, Group, gemm_peak, needed_flops
 from benchmarks.machine import finish
 from benchmarks.trl_peer import PeerError, Trl, trl_environment
 from benchmarks.trl_workload import THREADS, Algorithm, Settings, Workload, make_workload
+from cluster.model_config import read_shape
 
 VERSIONS: dict[Algorithm, str] = {"ppo": "1.12.0", "grpo": "1.16.0"}
 """TRL's, by algorithm: the last one with PPO, and the one that is current."""
@@ -287,7 +288,7 @@ def _summary(
     comparison: Comparison, workload: Workload, turns: dict[str, list[dict[str, Any]]], *, model: str, peak: float
 ) -> dict[str, Any]:
     """Return medians, phases and shares of the peak of one comparison."""
-    architecture = read_architecture(model)
+    shape = read_shape(model)
     groups = [
         Group(prompt=len(ids), lengths=lengths)
         for ids, lengths in zip(workload.prompt_ids, workload.lengths, strict=True)
@@ -297,7 +298,7 @@ def _summary(
     medians = {}
     for name, found in turns.items():
         critic = "separate" if name == "trl" and comparison.algorithm == "ppo" else comparison.critic
-        needed = needed_flops(architecture, groups, critic=critic, has_judge=comparison.has_judge)
+        needed = needed_flops(shape, groups, critic=critic, has_judge=comparison.has_judge)
         seconds = [turn["seconds"] for turn in found]
         medians[name] = statistics.median(seconds)
         floor = sum(needed.values()) / peak
