@@ -386,48 +386,6 @@ def test_deaths_are_told():
     assert world.dispatcher.counters["num_given_up"] == 1
 
 
-def test_a_fleet_grows_where_there_is_room_and_shrinks_with_the_node():
-    world = World(rollouts=1, max_rollouts=2, capacity=1)
-    round_ = world.begin("a", "b", "c")
-    assert world.started == ["rollout-0.0", "reward-0.0"], "a slot without room has no process"
-    world.dispatcher.grow(5, world.now)
-    world.tick(1.0)
-    assert world.started[2:] == ["rollout-1.0"], "as many as there are slots"
-    world.answer_all(Verb.READY, Verb.LOAD)
-    (second,) = world.calls(Verb.GENERATE, "rollout-1.0")
-    world.fail(second, FailureKind.DIED, "its node is gone")
-    assert (world.dispatcher.take_notes(), world.started[3:]) == (
-        ["rollout-1.0: its node is gone; another takes its place when there is room"], [],
-    )  # fmt: skip
-    world.dispatcher.grow(1, world.now)
-    world.tick(2.0)
-    assert world.started[3:] == ["rollout-1.1"]
-    world.answer_all(Verb.READY, Verb.LOAD, Verb.GENERATE, Verb.SCORE)
-    assert sorted(round_.finished) == ["a", "b", "c"]
-    assert world.dispatcher.error is None
-
-
-@pytest.mark.parametrize("too_late", [True, False])
-def test_a_node_that_cannot_start_a_worker_does_not_end_the_run(too_late):
-    """Where the run begins it would: there none of its kind could start."""
-    patient = replace(LIMITS, timeout_s=1000.0, heartbeat_s=1000.0)
-    world = World(rollouts=1, max_rollouts=2, max_restarts=1, limits=patient)
-    world.begin("a")
-    for life in range(2):
-        world.dispatcher.grow(1, world.now)
-        world.tick(world.now + 1.0)
-        if too_late:
-            world.tick(world.now + 31.0)
-        else:
-            world.fail(world.calls(Verb.READY, f"rollout-1.{life}")[0], FailureKind.DATA, "no such model here")
-    assert world.dispatcher.error is None
-    assert world.dispatcher.take_notes()[-1].endswith("its place is given up after 2 failures in a row")
-    world.dispatcher.grow(1, world.now)
-    world.tick(world.now + 1.0)
-    assert "rollout-1.2" not in world.started
-    assert world.dispatcher.counters["num_given_up"] == 1
-
-
 def test_the_work_for_a_round_grows_with_its_groups_and_not_faster(monkeypatch):
     picks = []
     pick = Fleet.pick

@@ -1,4 +1,4 @@
-"""Where there is room for more rollout workers, and that it is looked for as long as the run lasts."""
+"""Where there is room for more rollout workers, that it is looked for while the run lasts, and what comes of it."""
 
 import threading
 from dataclasses import replace
@@ -9,7 +9,9 @@ from ray.exceptions import RaySystemError
 from cluster.bundles import Node
 from cluster.config import ConfigError, RunConfig, validate
 from cluster.growth import Growth, NodeView, rooms
+from cluster.messages import FailureKind, Verb
 from cluster.placement import Processes
+from tests.dispatcher_toys import LIMITS, World
 from tests.run_toys import tiny_config
 
 ON_CPU = Processes(role="rollout", count=2, cpus=1.0, gpus=0.0, threads=2)
@@ -65,3 +67,45 @@ def test_the_most_is_at_least_what_the_run_begins_with(tmp_path):
     raw["rollouts"] |= {"num_workers": 3, "max_workers": 2}
     with pytest.raises(ConfigError, match="max_workers must be at least num_workers = 3, got 2"):
         validate(RunConfig, raw, where="test")
+
+
+def test_a_fleet_grows_where_there_is_room_and_shrinks_with_the_node():
+    world = World(rollouts=1, max_rollouts=2, capacity=1)
+    round_ = world.begin("a", "b", "c")
+    assert world.started == ["rollout-0.0", "reward-0.0"], "a slot without room has no process"
+    world.dispatcher.grow(5, world.now)
+    world.tick(1.0)
+    assert world.started[2:] == ["rollout-1.0"], "as many as there are slots"
+    world.answer_all(Verb.READY, Verb.LOAD)
+    (second,) = world.calls(Verb.GENERATE, "rollout-1.0")
+    world.fail(second, FailureKind.DIED, "its node is gone")
+    assert (world.dispatcher.take_notes(), world.started[3:]) == (
+        ["rollout-1.0: its node is gone; another takes its place when there is room"], [],
+    )  # fmt: skip
+    world.dispatcher.grow(1, world.now)
+    world.tick(2.0)
+    assert world.started[3:] == ["rollout-1.1"]
+    world.answer_all(Verb.READY, Verb.LOAD, Verb.GENERATE, Verb.SCORE)
+    assert sorted(round_.finished) == ["a", "b", "c"]
+    assert world.dispatcher.error is None
+
+
+@pytest.mark.parametrize("too_late", [True, False])
+def test_a_node_that_cannot_start_a_worker_does_not_end_the_run(too_late):
+    """Where the run begins it would: there none of its kind could start."""
+    patient = replace(LIMITS, timeout_s=1000.0, heartbeat_s=1000.0)
+    world = World(rollouts=1, max_rollouts=2, max_restarts=1, limits=patient)
+    world.begin("a")
+    for life in range(2):
+        world.dispatcher.grow(1, world.now)
+        world.tick(world.now + 1.0)
+        if too_late:
+            world.tick(world.now + 31.0)
+        else:
+            world.fail(world.calls(Verb.READY, f"rollout-1.{life}")[0], FailureKind.DATA, "no such model here")
+    assert world.dispatcher.error is None
+    assert world.dispatcher.take_notes()[-1].endswith("its place is given up after 2 failures in a row")
+    world.dispatcher.grow(1, world.now)
+    world.tick(world.now + 1.0)
+    assert "rollout-1.2" not in world.started
+    assert world.dispatcher.counters["num_given_up"] == 1
