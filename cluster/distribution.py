@@ -15,6 +15,14 @@ from cluster.fleet import Fleet, Member, MemberState
 from cluster.messages import Weights
 
 
+class WeightsWantedError(RuntimeError):
+    """The newest weights went out in a way that a worker cannot take part in; publish them once more, for it alone."""
+
+
+class WeightsLostError(RuntimeError):
+    """No worker can fetch the newest weights any more; publish them again."""
+
+
 class Distribution:
     """Of one fleet's weights.
 
@@ -55,6 +63,12 @@ class Distribution:
         if self.publication is None:
             return bool(self._fleet.outdated(self.target) or self._fleet.failed_loads())
         return not all(map(self._can_follow, self._fleet.outdated(self.target)))
+
+    def hindrance(self) -> WeightsLostError | WeightsWantedError | None:
+        """Return why a worker must wait until the newest weights go out once more; None where none must."""
+        if self.lost:
+            return WeightsLostError(self.lost)
+        return WeightsWantedError("a rollout worker has no way to the newest weights") if self.is_wanted else None
 
     def loaders(self) -> list[Member]:
         """Return the workers that are to fetch the publication now."""

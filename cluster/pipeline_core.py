@@ -37,14 +37,6 @@ _FLUSH_S = 0.5
 """Transitions wait at most so long for their transaction."""
 
 
-class WeightsWantedError(RuntimeError):
-    """The newest weights went out in a way that a worker cannot take part in; publish them once more, for it alone."""
-
-
-class WeightsLostError(RuntimeError):
-    """No worker can fetch the newest weights any more; publish them again."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Request:
     function: Callable[..., Any]
@@ -361,10 +353,8 @@ class PipelineCore:
         error = self._dispatcher.error
         if error is None and round_.is_done and not round_.finished:
             error = DataError(f"at least one group must be answered, and all failed: {round_.quarantined}")
-        if error is None and self._dispatcher.distribution.lost and not round_.is_done:
-            error = WeightsLostError(self._dispatcher.distribution.lost)
-        if error is None and self._dispatcher.distribution.is_wanted and not round_.is_done:
-            error = WeightsWantedError("a rollout worker has no way to the newest weights")
+        if error is None and not round_.is_done:
+            error = self._dispatcher.distribution.hindrance()
         if error is not None:
             open_round.waiter, waiter = None, open_round.waiter
             _fail(waiter, error)

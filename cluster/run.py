@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 
 from actors.memory import resident_bytes
 from cluster.claim import claim
+from cluster.distribution import WeightsLostError, WeightsWantedError
 from cluster.gauges import RayGauges
 from cluster.incarnations import DurableIncarnations
 from cluster.interrupt import StopRequest
@@ -19,7 +20,6 @@ from cluster.ledger import LedgerJournal
 from cluster.ledger_store import LedgerStore
 from cluster.metrics import FAULTS, Recorder
 from cluster.pipeline import Batch
-from cluster.pipeline_core import WeightsLostError, WeightsWantedError
 from cluster.pool import WorkerError
 from cluster.recovery import StepResult
 from cluster.redo import RedoError

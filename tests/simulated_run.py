@@ -12,10 +12,10 @@ from typing import Any
 
 from actors.schema import group_id
 from cluster.config import RunConfig, validate
+from cluster.distribution import WeightsLostError
 from cluster.fleet import FleetError
 from cluster.limits import DataError, RetriesError
 from cluster.loop import train
-from cluster.pipeline_core import WeightsLostError
 from cluster.placement import PlacementError
 from cluster.ranks import GangError
 from cluster.recovery import NonFiniteRunError, ReplayError

@@ -11,12 +11,13 @@ from actors.encoding import PromptEncoder
 from actors.policy import materialize
 from actors.prompts import PromptSource
 from cluster.config import RunConfig, validate
+from cluster.distribution import WeightsLostError
 from cluster.fleet import FleetError
 from cluster.ledger import Ledger
 from cluster.limits import DataError
 from cluster.messages import Failure, FailureKind, Verb, Weights
 from cluster.pipeline import Pipeline
-from cluster.pipeline_core import PipelineCore, WeightsLostError
+from cluster.pipeline_core import PipelineCore
 from reward.schema import SAMPLES
 
 NUM_PROMPTS = 6
