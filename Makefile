@@ -27,7 +27,8 @@ faults: $(STAMP)  ## Kill, freeze and starve the processes of real runs, and sim
 	@$(BIN)/python -m benchmarks.simulate --planted --schedules 200
 
 vllm: $(VLLM_VENV)/.installed  ## Run the tests of vLLM and of GPU kernels, in an environment of its own; about 10 minutes
-	@$(VLLM_VENV)/bin/python -m pytest -q tests/test_actors_engine_contract.py tests/test_cluster_engines.py tests/test_actors_decode_attention.py
+	@$(VLLM_VENV)/bin/python -m pytest -q tests/test_actors_engine_contract.py tests/test_cluster_engines.py
+	@$(VLLM_VENV)/bin/python -m pytest -q tests/test_actors_decode_attention.py
 
 algorithms: $(STAMP)  ## Run every algorithm on two graphs and write docs/algorithms.md; about 45 minutes on two cores
 	@$(BIN)/python -m benchmarks.randomwalks --seed 1000 --write

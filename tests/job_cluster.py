@@ -118,11 +118,10 @@ def _started(command: list[str], variables: Mapping[str, str], path: Path) -> It
         yield log
     finally:
         process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(30)
-        finally:
-            with suppress(ProcessLookupError):  # what is left of the processes that it has started
-                os.killpg(process.pid, signal.SIGKILL)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(60)
+        with suppress(ProcessLookupError):  # what is left of the processes that it has started
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def _answers(port: int, token: str) -> bool:

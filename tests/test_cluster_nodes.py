@@ -29,6 +29,8 @@ ports = [f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}" for node in
 print("SEEN", json.dumps([places, ports]))
 """
 
+ROLES = ("rollout", "reward", "learner")
+
 
 def look(cluster):
     """Return each named process of the run with its node's label `place`, and the nodes' metrics ports."""
@@ -79,10 +81,8 @@ def test_walks_are_learnt_although_a_node_goes_and_on_one_that_comes(tmp_path):
         try:
             wait_for(lambda: job.poll() is None and steps(run_dir) >= 3, 600)
             places, ports = look(cluster)
-            assert {name[: name.index("-")]: place for name, place in places.items() if "rollout" not in name} == {
-                "reward": "judge", "learner": "judge",
-            }  # fmt: skip
-            assert sorted(place for name, place in places.items() if "rollout" in name) == ["first", "second"]
+            roles = {role: sorted(places[name] for name in places if name.startswith(role)) for role in ROLES}
+            assert roles == {"rollout": ["first", "second"], "reward": ["judge"], "learner": ["judge"]}, places
             wait_for(lambda: any(sample.name == "ray_concord_step" for sample in scraped(ports)), 60)
             doomed.close()
             gone = steps(run_dir)
