@@ -58,8 +58,9 @@ def main() -> None:
     workloads = {"spread": spread_workload(tokenizer), "even": even_workload(tokenizer)}
     report: dict[str, Any] = {f"{name}_num_tokens": workload.num_tokens for name, workload in workloads.items()}
     first = Workload(workloads["spread"].prompts[:4], workloads["spread"].lengths[:4].clip(max=16))
-    for rows in arguments.rows:
-        engines = _engines(directory, tokenizer, rows)
+    # All at once: the end of one vLLM engine would take what the next one in its process needs.
+    by_rows = {rows: _engines(directory, tokenizer, rows) for rows in arguments.rows}
+    for rows, engines in by_rows.items():
         cpu_seconds_in_turn([partial(run, first) for run in engines.values()], repeats=1)  # what happens only once
         for name, workload in workloads.items():
             tasks = [partial(run, workload) for run in engines.values()]
