@@ -15,7 +15,7 @@ given up on this side, which ends it for the other members, and `StreamError` sa
 
 import contextlib
 import json
-import socket
+import re
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -28,7 +28,7 @@ import torch.distributed as dist
 
 from actors.buckets import TensorEntry, layout
 from actors.weights import Bucket, take
-from actors.wires import WireKind, open_wire
+from actors.wires import WireKind, open_wire, own_address
 
 if TYPE_CHECKING:
     from actors.engine import Engine, UpdateMode
@@ -73,9 +73,11 @@ class _Group:
 
     def __init__(self, store: dist.Store, offer: StreamOffer, rank: int, hostname: str) -> None:
         self.epoch = offer.epoch
+        own_store = dist.PrefixStore(f"weights/{offer.epoch}", store)
+        _meet(own_store, offer, rank)
         self._wire = open_wire(
             offer.wire,
-            dist.PrefixStore(f"weights/{offer.epoch}", store),
+            own_store,
             rank=rank,
             size=len(offer.members) + 1,
             timeout_s=offer.timeout_s,
@@ -108,6 +110,19 @@ class _Group:
         self._wire.close()
 
 
+def _meet(store: dist.Store, offer: StreamOffer, rank: int) -> None:
+    """Wait until the sender and all members are there; RuntimeError when they are not in time."""
+    store.set(f"here/{rank}", "")
+    places = {f"here/{_SENDER}": "the sender"} | {f"here/{i}": name for i, name in enumerate(offer.members, 1)}
+    try:
+        store.wait(list(places), timedelta(seconds=offer.timeout_s))
+    except RuntimeError as error:
+        if rank != _SENDER:  # whose store may be out of reach by now
+            raise
+        missing = ", ".join(name for place, name in places.items() if not store.check([place]))
+        raise RuntimeError(f"{missing} did not come within {offer.timeout_s:g} s") from error
+
+
 class StreamSender:
     """The first rank's side: keeps the store where members meet, and the group while its epoch lasts.
 
@@ -119,6 +134,7 @@ class StreamSender:
         self._address = address
         self._store: dist.TCPStore | None = None
         self._group: _Group | None = None
+        self._not_sent = ""  # what to say when the stream breaks
         self._filling = torch.empty(0, dtype=torch.uint8)
         self._has_headers = False
 
@@ -143,7 +159,9 @@ class StreamSender:
             }
         )
         raw = torch.from_numpy(np.frombuffer(plan.encode(), dtype=np.uint8).copy())
-        with self._giving_up(f"version {offer.version} could not be offered to {', '.join(offer.members)}"):
+        peers = f"to {', '.join(offer.members)} from {offer.address}:{offer.port}"
+        self._not_sent = f"version {offer.version} could not be sent {peers}"
+        with self._giving_up(f"version {offer.version} could not be offered {peers}"):
             if self._group is None or self._group.epoch != offer.epoch:
                 self.close()
                 if self.endpoint != (offer.address, offer.port):  # of a process that this one has replaced
@@ -168,7 +186,7 @@ class StreamSender:
         self.wait()
         message = self._filling[: num_bytes + 8 * len(fingerprints)]
         message.numpy()[num_bytes:].view(np.uint64)[:] = np.array(fingerprints, dtype=np.uint64)
-        with self._giving_up("a bucket could not be sent"):
+        with self._giving_up(self._not_sent):
             if self._has_headers:
                 header = torch.tensor([_COMPLETE if num_changed is None else num_changed, num_bytes])
                 self._group.begin(header)
@@ -177,7 +195,7 @@ class StreamSender:
     def wait(self) -> None:
         """Wait until all has been sent."""
         assert self._group is not None, "a stream has begun"
-        with self._giving_up("a bucket could not be sent"):
+        with self._giving_up(self._not_sent):
             self._group.wait()
 
     def close(self) -> None:
@@ -190,7 +208,7 @@ class StreamSender:
     def _giving_up(self, what: str) -> Iterator[None]:
         try:
             yield
-        except RuntimeError as error:  # torch's distributed errors are
+        except (RuntimeError, OSError) as error:  # torch's distributed errors are RuntimeErrors
             self.close()
             raise _stream_error(what, error) from error
 
@@ -212,10 +230,10 @@ class StreamReceiver:
         with _giving_up(self, f"version {offer.version} did not begin to come"):
             if self._group is None or (self._group.epoch, *self._endpoint) != (offer.epoch, offer.address, offer.port):
                 self.close()
+                self._endpoint = (offer.address, offer.port)
                 timeout = timedelta(seconds=offer.timeout_s)
                 store = dist.TCPStore(offer.address, offer.port, None, is_master=False, timeout=timeout)
-                self._group = _Group(store, offer, seat.rank, _own_address(offer.address, offer.port))
-                self._endpoint = (offer.address, offer.port)
+                self._group = _Group(store, offer, seat.rank, own_address(offer.address))
             size = torch.zeros(1, dtype=torch.int64)
             self._group.begin(size)
             self._group.wait()
@@ -227,6 +245,11 @@ class StreamReceiver:
             stream = IncomingStream(self, self._group, json.loads(raw.numpy().tobytes()))
             stream.begin()
             return stream
+
+    @property
+    def sender(self) -> str:
+        """Address and port of the newest offer."""
+        return "{}:{}".format(*self._endpoint)
 
     def close(self) -> None:
         """End the group."""
@@ -325,22 +348,19 @@ def _giving_up(receiver: StreamReceiver, what: str) -> Iterator[None]:
     """Turn whatever breaks into a StreamError, and end the receiver's group, so that nobody waits for it."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         receiver.close()
-        raise _stream_error(what, error) from error
+        raise _stream_error(f"{what} from {receiver.sender}", error) from error
 
 
-def _stream_error(what: str, error: RuntimeError) -> StreamError:
+def _stream_error(what: str, error: RuntimeError | OSError) -> StreamError:
     said = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return StreamError(f"{what}: {said}; publish the version through the object store")
+    said = re.sub(r"\[/[^]]*\] ?", "", said)  # gloo names its source files
+    return StreamError(
+        f"{what}: {said}; publish the version through the object store, and where all of them live, let their nodes "
+        "reach each other on every port"
+    )
 
 
 def _entry(fields: dict[str, Any]) -> TensorEntry:
     return TensorEntry(**{**fields, "shape": tuple(fields["shape"])})
-
-
-def _own_address(address: str, port: int) -> str:
-    """Return the address of this machine that the other one sees."""
-    with socket.create_connection((address, port), timeout=10) as probe:
-        name: str = probe.getsockname()[0]
-        return name

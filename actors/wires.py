@@ -7,6 +7,7 @@ same staging is NCCL's twin in the tests.
 
 import contextlib
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,8 +19,13 @@ import torch.distributed as dist
 
 WireKind = Literal["gloo", "nccl"]
 
+GLOO_INTERFACES = "GLOO_SOCKET_IFNAME"
+"""The environment variable that names the network interfaces which gloo is to use on this machine."""
+
 _SENDER = 0
 _POLL_S = 2e-4
+_GLOO_PATIENCE = 5
+"""gloo waits so many times its timeout for a connection that does not come about."""
 
 
 class Wire(Protocol):
@@ -36,19 +42,20 @@ class Wire(Protocol):
 
 
 def open_wire(kind: WireKind, store: dist.Store, *, rank: int, size: int, timeout_s: float, hostname: str) -> Wire:
-    """Return this process's end of a group, once all members have come.
+    """Return this process's end of a group, whose members are all on their way here.
+
+    NCCL would wait for others without a limit, gloo several times as long as for a message.
 
     Args:
         kind: what carries it; NCCL uses the current CUDA device, which no other member may have.
         store: of this group alone.
         rank: 0 sends.
         size: of the group.
-        timeout_s: for one message, and for the members to come.
-        hostname: of this machine, as the members see it.
+        timeout_s: for one message.
+        hostname: of this machine, as the members see it; gloo uses it where `GLOO_INTERFACES` names nothing else.
     """
     if kind == "gloo":
         return GlooWire(store, rank=rank, size=size, timeout_s=timeout_s, hostname=hostname)
-    _meet(store, rank=rank, size=size, timeout_s=timeout_s)  # NCCL waits for members without a limit
     group = _nccl_group(store, rank=rank, size=size, timeout_s=timeout_s)
     return StagedWire(group, device=_own_device(), is_sender=rank == _SENDER, timeout_s=timeout_s)
 
@@ -125,11 +132,30 @@ class StagedWire:
 
 
 def gloo_group(store: dist.Store, *, rank: int, size: int, timeout_s: float, hostname: str) -> Any:
-    """Return a group of gloo's, which is there once all members are."""
+    """Return a group of gloo's for members that are there; each of them connects to each other one."""
+    create = dist.ProcessGroupGloo.create_device
+    interfaces = os.environ.get(GLOO_INTERFACES)
     options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-    options._devices = [dist.ProcessGroupGloo.create_device(hostname=hostname)]
-    options._timeout = timedelta(seconds=timeout_s)
+    options._devices = (
+        [create(interface=name) for name in interfaces.split(",")] if interfaces else [create(hostname=hostname)]
+    )
+    options._timeout = timedelta(seconds=max(1.0, timeout_s / _GLOO_PATIENCE))  # to connect; messages have their own
     return dist.ProcessGroupGloo(store, rank, size, options)
+
+
+def own_address(peer: str) -> str:
+    """Return the address of this machine that another one sees: where the way to it begins.
+
+    The address that this machine's name stands for is none: as Debian installs it, that is 127.0.1.1.
+
+    Raises:
+        OSError: when there is no way.
+    """
+    family, kind, _, _, target = socket.getaddrinfo(peer, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(target)  # sends nothing
+        address: str = probe.getsockname()[0]
+        return address
 
 
 def _nccl_group(store: dist.Store, *, rank: int, size: int, timeout_s: float) -> Any:
@@ -141,12 +167,6 @@ def _nccl_group(store: dist.Store, *, rank: int, size: int, timeout_s: float) ->
 
 def _own_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
-
-
-def _meet(store: dist.Store, *, rank: int, size: int, timeout_s: float) -> None:
-    """Wait until all members are there; RuntimeError when they are not in time."""
-    store.set(f"here/{rank}", "")
-    store.wait([f"here/{member}" for member in range(size)], timedelta(seconds=timeout_s))
 
 
 def _broadcast_options(timeout_s: float) -> Any:
