@@ -138,11 +138,21 @@ def can_bind() -> bool:
 
 
 def own_address() -> str:
-    """Return the address that this machine's name stands for, "" where it stands for none."""
+    """Return the address that Ray takes for this machine's where it is given none.
+
+    That is where the way to other networks begins, and without one what this machine's name stands for.
+    """
+    with socket.socket(type=socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("8.8.8.8", 53))  # sends nothing
+            address: str = probe.getsockname()[0]
+            return address
+        except OSError:
+            pass
     try:
         return socket.gethostbyname(socket.gethostname())
     except OSError:
-        return ""
+        return "127.0.0.1"
 
 
 def ray_is_running() -> bool:
@@ -166,7 +176,7 @@ def check_ports(
         taken: of `RAY_PORTS`.
         has_ray: whether a Ray cluster runs here.
         may_bind: whether a process may open a port.
-        address: what this machine's name stands for.
+        address: what Ray takes for this machine's; ranks and workers of other machines look for it there.
         is_cluster: whether there are other machines.
     """
     if not may_bind:
@@ -189,12 +199,12 @@ def check_ports(
         )
     else:
         yield Finding(level="ok", about="ports", found=", ".join(map(str, RAY_PORTS)) + " are free")
-    if is_cluster and (not address or address.startswith("127.")):
+    if is_cluster and address.startswith("127."):
         yield Finding(
             level="warn",
             about="address",
-            found=f"this machine's name stands for {address or 'no address'}",
-            remedy="let it stand for an address that other nodes reach (/etc/hosts), or give Ray --node-ip-address",
+            found=f"Ray takes {address} for this machine's",
+            remedy="start it with --node-ip-address, an address that other nodes reach",
         )
 
 

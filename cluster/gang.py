@@ -49,7 +49,8 @@ class LearnerGang:
     def wait_ready(self) -> None:
         """Wait until every rank has built its model and joined the process group."""
         calls = [rank.ping.remote() for rank in self._ranks.actors]
-        self._ranks.gather(calls, what="starting the learner", timeout_s=self._ready_timeout_s)
+        remedy = "raise placement.ready_timeout_s if it is just slow, and let ranks reach each other on every port"
+        self._ranks.gather(calls, what="starting the learner", timeout_s=self._ready_timeout_s, remedy=remedy)
 
     def check(self) -> None:
         """Make sure that every rank lives and answers."""

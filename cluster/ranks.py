@@ -128,10 +128,18 @@ class Ranks:
             }
             self.actors.append(actor_class.options(**options).remote(**arguments(rank)))
 
-    def gather(self, references: Sequence[Any], *, what: str, timeout_s: float) -> list[Any]:
+    def gather(
+        self,
+        references: Sequence[Any],
+        *,
+        what: str,
+        timeout_s: float,
+        remedy: str = "raise pipeline.timeout_s if it is just slow",
+    ) -> list[Any]:
         """Return every rank's answer, in rank order.
 
-        The first failure of any rank ends the wait for the others, and all of them have one deadline together.
+        The first failure of any rank ends the wait for the others, and all of them have one deadline together, after
+        which `remedy` says what to do.
 
         Raises:
             GangError: naming what was going on.
@@ -142,10 +150,7 @@ class Ranks:
             ready, waiting = ray.wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
             if not ready:
                 late = ", ".join(str(rank) for rank, call in enumerate(references) if call in waiting)
-                raise GangError(
-                    f"{what} must finish within {timeout_s:g} s and did not on rank {late}; raise "
-                    "pipeline.timeout_s if it is just slow"
-                )
+                raise GangError(f"{what} must finish within {timeout_s:g} s and did not on rank {late}; {remedy}")
             if (error := _failure(ready[0], what)) is not None:
                 raise _clearest(error, waiting, what)
         try:
@@ -164,11 +169,10 @@ class Ranks:
 
     def _rendezvous(self) -> tuple[str, int]:
         """Return an address of rank 0's node and a port that is free there."""
-        # The bundle's own node answers; a single node stays on the loopback interface.
-        is_alone = len(ray.nodes()) == 1
+        # The bundle's own node answers; also a single node with the address that those see which may come later.
         task = ray.remote(num_cpus=0, scheduling_strategy=self._strategy(0))(_address_and_free_port)
         try:
-            answer: tuple[str, int] = fetch(task.remote(is_alone), what="finding rank 0's address", timeout_s=120)
+            answer: tuple[str, int] = fetch(task.remote(), what="finding rank 0's address", timeout_s=120)
         except WorkerError as error:
             raise GangError(str(error)) from error
         return answer
@@ -200,10 +204,9 @@ def _clearest(error: GangError, waiting: Sequence[Any], what: str) -> GangError:
     return error
 
 
-def _address_and_free_port(is_alone: bool) -> tuple[str, int]:
+def _address_and_free_port() -> tuple[str, int]:
     import socket
 
-    address = "127.0.0.1" if is_alone else ray.util.get_node_ip_address()
-    with socket.socket() as probe:
-        probe.bind((address, 0))
+    address = ray.util.get_node_ip_address()
+    with socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
         return address, probe.getsockname()[1]
