@@ -62,5 +62,6 @@ def test_every_process_is_on_a_node_of_its_role(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     placed, refused = json.loads(done.stdout.rpartition("PLACED ")[2])
     assert placed == {"RolloutWorker": "rollout", "RewardWorker": "reward", "_Rank": "learner"}
-    assert "5 learner ranks need " in refused
-    assert "each on nodes labelled role=learner" in refused
+    assert "5 x {'CPU': 1.0} for the learner (PACK) must be free within placement.ready_timeout_s = 3 s" in refused
+    assert "learner.num_ranks must be at most 1 here, got 5" in refused
+    assert "what is left is 1 node with 1 CPUs (role=learner)" in refused
