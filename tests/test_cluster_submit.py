@@ -251,9 +251,13 @@ def test_the_plan_is_for_the_nodes_that_are_there(server, project):
     arguments = ("submit", "train.yaml", "--address", server.address, "--follow")
     gpus = ("placement.rollout_gpus=1", "placement.learner_gpus=1")
     with server.node("--num-gpus=1"):
-        wanting = server.concord(*arguments, *gpus, cwd=project).stdout
-    assert "4 cores. " in wanting
+        wanting = unwrapped(server.concord(*arguments, *gpus, cwd=project).stdout)
+    assert " 4 cores. " in wanting
     assert "got 2 wanted" in wanting
     assert "Submitted all the same: a cluster that grows with its work has placement.ready_timeout_s = 300 s" in wanting
     assert "Submitted: job " in wanting
-    wait_for(lambda: "2 cores. " in server.concord(*arguments, cwd=project).stdout)
+    wait_for(lambda: "with 2 CPUs. 2 cores. " in unwrapped(server.concord(*arguments, cwd=project).stdout))
+
+
+def unwrapped(page):
+    return " ".join(page.split())
