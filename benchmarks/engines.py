@@ -43,6 +43,8 @@ from vllm import LLM, SamplingParams, TokensPrompt
 
 from actors.vllm_engine import VLLMEngine
 
+Run = Callable[[Workload], None]
+
 _MAX_LEN = 512
 """Longest prompt with response that vLLM plans for."""
 _BLOCK_TOKENS = 32
@@ -51,7 +53,9 @@ _BLOCK_TOKENS = 32
 
 def main() -> None:
     """Measure and print."""
-    arguments = common_arguments(__doc__).parse_args()
+    parser = common_arguments(__doc__)
+    parser.add_argument("--engines", nargs="+", default=list(_MAKE), choices=list(_MAKE), help="those to compare (all)")
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
     directory = arguments.model or demo_model()
     tokenizer = load_tokenizer(directory)
@@ -59,7 +63,9 @@ def main() -> None:
     report: dict[str, Any] = {f"{name}_num_tokens": workload.num_tokens for name, workload in workloads.items()}
     first = Workload(workloads["spread"].prompts[:4], workloads["spread"].lengths[:4].clip(max=16))
     # All at once: the end of one vLLM engine would take what the next one in its process needs.
-    by_rows = {rows: _engines(directory, tokenizer, rows) for rows in arguments.rows}
+    by_rows = {
+        rows: {name: _MAKE[name](directory, tokenizer, rows) for name in arguments.engines} for rows in arguments.rows
+    }
     for rows, engines in by_rows.items():
         cpu_seconds_in_turn([partial(run, first) for run in engines.values()], repeats=1)  # what happens only once
         for name, workload in workloads.items():
@@ -69,30 +75,50 @@ def main() -> None:
             for engine, speed in speeds.items():
                 report[f"{name}_{engine}_tokens_per_cpu_s_{rows}"] = round(speed, 1)
                 print(f"{name:7} {rows:3} rows  {engine:13} {speed:7.1f} tokens per CPU-second", flush=True)
-            report[f"{name}_over_vllm_{rows}"] = round(speeds["torch"] / max(speeds["vllm"], speeds["vllm_native"]), 2)
-            report[f"{name}_over_generate_{rows}"] = round(speeds["torch"] / speeds["generate"], 2)
+            for ratio, others in (("over_vllm", ("vllm", "vllm_native")), ("over_generate", ("generate",))):
+                if {"torch", *others} <= speeds.keys():
+                    report[f"{name}_{ratio}_{rows}"] = round(speeds["torch"] / max(map(speeds.__getitem__, others)), 2)
     finish({**report, "vllm": vllm.__version__}, arguments.output)
 
 
-def _engines(directory: str, tokenizer: PreTrainedTokenizerBase, rows: int) -> dict[str, Callable[[Workload], None]]:
-    """Return, for each engine, what draws a workload with it."""
-    cpu = torch.device("cpu")
-    plain, paged, owned = (load_model(directory, dtype=torch.float32, device=cpu) for _ in range(3))
-    paged.set_attn_implementation("paged|sdpa")
-    ids = eos_ids(owned, tokenizer)
-    ours = TorchEngine(owned, tokenizer, max_rows=rows, eos_ids=ids)
-    behind = VLLMEngine(directory, tokenizer, dtype=torch.float32, max_rows=rows, eos_ids=ids, max_len=_MAX_LEN)
-    native = LLM(
+def _torch(directory: str, tokenizer: PreTrainedTokenizerBase, rows: int) -> Run:
+    model = _model(directory)
+    return partial(run_engine, TorchEngine(model, tokenizer, max_rows=rows, eos_ids=eos_ids(model, tokenizer)))
+
+
+def _vllm(directory: str, tokenizer: PreTrainedTokenizerBase, rows: int) -> Run:
+    ids = eos_ids(_model(directory), tokenizer)
+    engine = VLLMEngine(directory, tokenizer, dtype=torch.float32, max_rows=rows, eos_ids=ids, max_len=_MAX_LEN)
+    return partial(run_engine, engine)
+
+
+def _vllm_native(directory: str, tokenizer: PreTrainedTokenizerBase, rows: int) -> Run:
+    llm = LLM(
         model=directory, dtype="float32", enforce_eager=True, max_model_len=_MAX_LEN, max_num_seqs=rows,
         block_size=_BLOCK_TOKENS, logprobs_mode="processed_logprobs", generation_config="vllm",
     )  # fmt: skip
-    return {
-        "torch": partial(run_engine, ours),
-        "vllm": partial(run_engine, behind),
-        "vllm_native": partial(_run_vllm, native),
-        "continuous": partial(_run_continuous, paged, rows),
-        "generate": lambda workload: run_generate(plain, workload, rows),
-    }
+    return partial(_run_vllm, llm)
+
+
+def _continuous(directory: str, tokenizer: PreTrainedTokenizerBase, rows: int) -> Run:
+    model = _model(directory)
+    model.set_attn_implementation("paged|sdpa")
+    return partial(_run_continuous, model, rows)
+
+
+def _generate(directory: str, tokenizer: PreTrainedTokenizerBase, rows: int) -> Run:
+    model = _model(directory)
+    return lambda workload: run_generate(model, workload, rows)
+
+
+_MAKE = {
+    "torch": _torch, "vllm": _vllm, "vllm_native": _vllm_native, "continuous": _continuous, "generate": _generate,
+}  # fmt: skip
+"""Name -> what makes an engine for so many rows, and returns what draws a workload with it."""
+
+
+def _model(directory: str) -> PreTrainedModel:
+    return load_model(directory, dtype=torch.float32, device=torch.device("cpu"))
 
 
 def _run_vllm(llm: LLM, workload: Workload) -> None:
