@@ -1,5 +1,6 @@
 """Directories that are built once and then found by a hash of what went into them."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -42,6 +43,15 @@ def build_once(directory: str, build: Callable[[str], None]) -> str:
     finally:
         shutil.rmtree(building, ignore_errors=True)
     return directory
+
+
+@contextmanager
+def locked(directory: str) -> Iterator[None]:
+    """Let one process at a time build `directory`, which may take long; the others wait, and find it built."""
+    os.makedirs(os.path.dirname(directory), exist_ok=True)
+    with open(f"{directory}.lock", "a", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def replace_directory(directory: str, build: Callable[[str], None], *, marker: str) -> str:

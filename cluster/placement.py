@@ -8,6 +8,7 @@ threads never exceed cores, but for one thread each where there are more process
 
 import glob
 import logging
+import math
 import os
 import signal
 import threading
@@ -128,6 +129,10 @@ class Placement:
         gang = gang_group(self.learner, guests=self.rollout if self.shares_gpus else None, nodes=nodes)
         return (gang, *map(_pool_group, self.pools))
 
+    def trial_bundles(self) -> list[tuple[BundleGroup, int]]:
+        """Return the bundles of a Tune trial in their order, as (group, slot in it): the ranks' come first."""
+        return [(group, slot) for group in self.groups(()) for slot in range(group.count)]
+
 
 def gang_group(learner: Processes, *, guests: Processes | None, nodes: Sequence[Node]) -> BundleGroup:
     """Return the bundles of the learner's ranks, each with room for a guest where there are some."""
@@ -160,16 +165,18 @@ def plan_placement(config: RunConfig, *, cores: int | None = None, node_cores: i
     """Share the cores among the run's processes.
 
     Args:
-        config: the run.
-        cores: of the whole cluster; this machine's by default.
+        config: the run, whose `placement.cores` goes before `cores`.
+        cores: that the run may use; this machine's by default.
         node_cores: of the smallest node, more threads than which no process has; all cores by default.
     """
-    cores = cores or os.cpu_count() or 1
-    node_cores = node_cores or cores
     placement, learner_count = config.placement, config.learner.num_ranks
+    cores = placement.cores or cores or os.cpu_count() or 1
+    node_cores = node_cores or cores
     rollout_count, reward_count = config.rollouts.num_workers, config.reward.num_workers
-    # One logical CPU each where there are enough; otherwise the stages, which take turns, share what there is.
-    cpus = min(1.0, cores * 100 // (rollout_count + reward_count + learner_count) / 100)
+    # One logical CPU each where there are enough; otherwise the stages, which take turns, share what there is.  Cores
+    # that a run has been given are all in Ray's books, so that nobody else takes them.
+    share = cores * 100 // (rollout_count + reward_count + learner_count) / 100
+    cpus = share if placement.cores else min(1.0, share)
     reward_threads = placement.reward_threads or min(node_cores, max(1, cores // 4 // reward_count))
     rest = cores - reward_threads * reward_count
     if config.pipeline.max_staleness == 0:
@@ -212,7 +219,7 @@ def plan_placement(config: RunConfig, *, cores: int | None = None, node_cores: i
 
 
 def join_cluster(config: RunConfig) -> tuple[int, int]:
-    """Join the configured Ray cluster, or start a local one; return its CPUs and those of its smallest node.
+    """Join the configured Ray cluster, or start a local one; return the run's CPUs and those of the smallest node.
 
     Ray's token authentication is left on, and a local dashboard listens on the loopback interface only.
 
@@ -236,8 +243,34 @@ def join_cluster(config: RunConfig) -> tuple[int, int]:
         has_gpus = bool(placement.rollout_gpus or placement.reward_gpus or placement.learner_gpus)
         if has_gpus and _is_own(context):
             check_gpus(config, ray.cluster_resources().get("GPU", 0.0))
+    cpus, node_cpus = cluster_cpus()
+    trial = enclosing_group()
+    return (cpus if trial is None else trial_cores(trial.bundle_specs)), node_cpus
+
+
+def cluster_cpus() -> tuple[int, int]:
+    """Return the CPUs of the cluster and of its smallest node."""
+    import ray
+
     nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
     return max(1, sum(nodes)), min((count for count in nodes if count), default=1)
+
+
+def enclosing_group() -> Any:
+    """Return the placement group that Ray puts this process's own processes into: a Tune trial's; None elsewhere.
+
+    What has no bundle there waits without an end and without a word.
+    """
+    import ray
+    from ray.util.placement_group import get_current_placement_group
+
+    is_inside = ray.get_runtime_context().should_capture_child_tasks_in_placement_group
+    return get_current_placement_group() if is_inside else None
+
+
+def trial_cores(bundles: Sequence[Mapping[str, float]]) -> int:
+    """Return the cores that a trial's bundles stand for: 3 bundles of 0.66 CPUs are 2 cores that 3 processes share."""
+    return max(1, math.ceil(sum(bundle.get("CPU", 0.0) for bundle in bundles) - 1e-6))
 
 
 def _is_own(context: Any) -> bool:

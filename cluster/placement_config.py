@@ -28,6 +28,8 @@ class PlacementConfig(Config):
     """Labels of the nodes that reward workers may be on."""
     learner_labels: dict[str, str] = {}
     """Labels of the nodes that learner ranks may be on."""
+    cores: int = Field(default=0, ge=0)
+    """CPU cores that all processes of the run share, where other runs want the rest; 0 = all of the cluster's."""
     rollout_threads: int = Field(default=0, ge=0)
     """torch threads of each rollout worker; 0 = the planner's choice."""
     reward_threads: int = Field(default=0, ge=0)

@@ -2,7 +2,10 @@
 
 The learner's ranks have a placement group, and so has a pool whose workers want GPUs or certain nodes.  The learner's
 is asked for first: it may need a whole node, and workers fit into what is left.  Workers that want nothing but a share
-of the cores are placed by Ray one by one, and inside a Tune trial all workers are: the trial has made room for them.
+of the cores are placed by Ray one by one.
+
+Inside a Tune trial nothing is asked for: the trial's own placement group has a bundle for each process, so that a trial
+which has begun has all that it needs, and no two of them wait for what the other one holds.
 """
 
 import logging
@@ -12,7 +15,7 @@ from typing import Any
 
 from cluster.bundles import SETTINGS, BundleGroup, describe, fit
 from cluster.hardware import live_nodes
-from cluster.placement import Placement, PlacementError
+from cluster.placement import Placement, PlacementError, enclosing_group
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +43,26 @@ def ask_for(group: BundleGroup, *, timeout_s: float) -> Any:
             raise PlacementError(_refusal(group, timeout_s))
         logger.warning("waiting for %s; free: %s", _wanted(group), describe(live_nodes(free=True)))
     return asked
+
+
+def check_trial(placement: Placement) -> None:
+    """Make sure, inside a Tune trial, that it has a bundle for each process: without one Ray lets it wait for ever.
+
+    Raises:
+        PlacementError: naming what the cluster lacks, or what the trial was given instead.
+    """
+    trial = enclosing_group()
+    if trial is None:
+        return
+    wanted = [group.resources for group, _ in placement.trial_bundles()]
+    given = [{name: spec[name] for name in ("CPU", "GPU") if spec.get(name)} for spec in trial.bundle_specs]
+    if given != wanted:
+        nodes = live_nodes()
+        shortages = [found.shortage for found in fit(placement.groups(nodes), nodes) if found.shortage]
+        raise PlacementError(
+            f"the trial's bundles must be those of its processes, {wanted}, got {given}: "
+            + (shortages[0] if shortages else "leave a trial's resources to RLHF, and set placement.cores")
+        )
 
 
 def _wanted(group: BundleGroup) -> str:
@@ -74,8 +97,7 @@ class Places:
         self._timeout_s = timeout_s
         self._groups: dict[str, Any] = {}
         self._roomy: list[str] = []
-        self._is_free = True
-        """Whether workers may be spread over the nodes; not where Ray puts them into their parent's group."""
+        self._trial: Any = None
 
     def reserve(self) -> None:
         """Ask for the places of pools that want more than cores.
@@ -83,10 +105,8 @@ class Places:
         Raises:
             PlacementError: when the cluster cannot hold them in time.
         """
-        from ray.util.placement_group import get_current_placement_group
-
-        self._is_free = get_current_placement_group() is None
-        if not self._is_free:
+        self._trial = enclosing_group()
+        if self._trial is not None:
             return
         for group in self._placement.groups(live_nodes()):
             if group.role != "learner" and (group.gpus or group.labels):
@@ -95,7 +115,7 @@ class Places:
     @property
     def can_grow(self) -> bool:
         """Whether workers may go where there is room; inside a Tune trial they may not."""
-        return self._is_free
+        return self._trial is None
 
     def grow(self, nodes: list[str]) -> None:
         """Have rollout workers beyond those that the run begins with start on nodes, by Ray's ids."""
@@ -110,11 +130,15 @@ class Places:
             selectors = {**rollout.labels, "ray.io/node-id": f"in({','.join(self._roomy)})"}
             return {"num_cpus": rollout.busy_cpus, "label_selector": selectors}
         is_guest = role == "rollout" and self._placement.shares_gpus
-        group = self._gang() if is_guest else self._groups.get(role)
+        if self._trial is None:
+            group, bundle = self._gang() if is_guest else self._groups.get(role), slot
+        else:
+            owners = [(group.role, number) for group, number in self._placement.trial_bundles()]
+            group, bundle = self._trial, owners.index(("learner" if is_guest else role, slot))
         if group is not None:
-            return {"scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=slot)}
+            return {"scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)}
         labels = (rollout if role == "rollout" else self._placement.reward).labels
-        spread = {"scheduling_strategy": "SPREAD"} if role == "rollout" and self._is_free else {}
+        spread = {"scheduling_strategy": "SPREAD"} if role == "rollout" else {}
         return spread | ({"label_selector": dict(labels)} if labels else {})
 
     def close(self) -> None:

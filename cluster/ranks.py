@@ -13,7 +13,7 @@ from ray.util.placement_group import placement_group_table, remove_placement_gro
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.hardware import live_nodes
-from cluster.placement import Processes, gang_group
+from cluster.placement import Processes, enclosing_group, gang_group
 from cluster.places import ask_for
 from cluster.pool import WorkerError, fetch
 
@@ -40,6 +40,8 @@ class GangError(WorkerError):
 class GangPlace:
     """A placement group with a bundle for each rank, kept from one gang to the next as long as its nodes live.
 
+    Inside a Tune trial it is the trial's, whose first bundles are the ranks'.
+
     Args:
         processes: the ranks.
         ready_timeout_s: longest wait for a place.
@@ -58,6 +60,8 @@ class GangPlace:
         Raises:
             PlacementError: when the cluster cannot hold it in time.
         """
+        if (trial := enclosing_group()) is not None:
+            return trial
         if self._group is not None and not self._is_whole():
             self.close()
         if self._group is None:

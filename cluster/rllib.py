@@ -13,23 +13,30 @@ writes holds the configuration and names that directory, and restoring continues
 there, which is written whenever RLlib saves and as `run.checkpoint_every` says.  RLlib writes its checkpoints as
 pickles; load only your own.
 
-Tune moves each trial into a directory of its own; RAY_CHDIR_TO_TRIAL_DIR=0 lets relative paths keep their meaning.
+A Tune trial is a run whose directory is the trial's own (`Result.path`), whatever `run.dir` says.  Its processes live
+in the trial's placement group, which `default_resource_request` describes, and `placement.cores` says how many cores a
+trial has: on two cores, two trials with one each work at a time.
+
+    tune.Tuner(RLHF, param_space=config.learners(optimizer={"learning_rate": tune.grid_search([1e-4, 4e-4])})).fit()
 """
 
 import os
 from collections.abc import Iterator
 from typing import Any
 
+import ray
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
+from ray.rllib.callbacks.utils import make_callback
 from ray.rllib.utils.checkpoints import Checkpointable
 from ray.rllib.utils.metrics.metrics_logger import MetricsLogger
 from ray.tune import PlacementGroupFactory
 
 from cluster.checks import check_run
-from cluster.config import RunConfig, load, validate
+from cluster.config import ConfigError, RunConfig, load, validate
 from cluster.loop import train_step
-from cluster.placement import plan_placement
+from cluster.placement import Placement, cluster_cpus, plan_placement
+from cluster.rllib_limits import METHODS, problems, refusing
 from cluster.run import Run, Stopped
 
 
@@ -97,7 +104,13 @@ class RLHFConfig(AlgorithmConfig):
         return validate(RunConfig, sections, where="RLHFConfig")
 
     def validate(self) -> None:
-        """Check the run's settings; RLlib's own concern environments, which a run does not have."""
+        """Check the run's settings, and that RLlib's own, which concern environments, are left alone.
+
+        Raises:
+            ConfigError: naming each wrong key or value.
+        """
+        if found := list(problems(self.to_dict(), RLHFConfig().to_dict())):
+            raise ConfigError("\n".join(found))
         self.run_config(default_dir="unknown until built")
 
     def get_default_rl_module_spec(self) -> Any:
@@ -107,6 +120,7 @@ class RLHFConfig(AlgorithmConfig):
         """Return None: the learner is Concord's."""
 
 
+@refusing(METHODS)
 class RLHF(Algorithm):
     """A Concord run as an RLlib algorithm; `train()` is one step."""
 
@@ -122,15 +136,14 @@ class RLHF(Algorithm):
 
     @classmethod
     def default_resource_request(cls, config: Any) -> PlacementGroupFactory:
-        """Name every process that Tune must make room for inside a trial; the learner places its ranks itself."""
-        settings = config if isinstance(config, RLHFConfig) else cls.get_default_config().update_from_dict(config)
-        placement = plan_placement(settings.run_config(default_dir="unknown until built"))
-        workers = [
-            {"CPU": processes.cpus} | ({"GPU": processes.gpus} if processes.gpus else {})
-            for processes in placement.pools
-            for _ in range(processes.count)
-        ]
-        return PlacementGroupFactory([{}, *workers])
+        """Name every process of a trial, so that one which has begun has all it needs."""
+        try:
+            settings = config if isinstance(config, RLHFConfig) else cls.get_default_config().update_from_dict(config)
+            run_config = settings.run_config(default_dir="unknown until built")
+        except ConfigError:
+            # Raised here it would end all trials; this one will fail with it alone, when it is built.
+            return PlacementGroupFactory([{"CPU": 0.01}])
+        return _trial_request(plan_placement(run_config, cores=cluster_cpus()[0] if ray.is_initialized() else None))
 
     def setup(self, config: Any) -> None:
         """Open the run and evaluate its start; what RLlib would build itself is absent."""
@@ -138,13 +151,23 @@ class RLHF(Algorithm):
         self._set_up_metrics()
         sections = self.config.sections
         # Chosen now, and in the config from now on, so that a checkpoint names the directory.
-        sections["run"] = {"dir": os.path.join(self.logdir, "run"), **sections.get("run", {})}
+        sections["run"] = sections.get("run", {}) | self._directory(sections.get("run", {}))
         run_config = self.config.run_config(default_dir=sections["run"]["dir"])
         check_run(run_config)
         self._run = Run(run_config)
-        self._run.evaluate_start()
+        try:
+            self._run.evaluate_start()
+        except BaseException:
+            self._run.close()
+            raise
         self._steps = self._run.steps()
         self._iteration = self._run.step
+        make_callback(
+            "on_algorithm_init",
+            self.callbacks,
+            self.config.callbacks_on_algorithm_init,
+            kwargs={"algorithm": self, "metrics_logger": self.metrics},
+        )
 
     def training_step(self) -> None:
         """Run one step of the loop; after the last one the policy is exported.
@@ -153,15 +176,31 @@ class RLHF(Algorithm):
             RuntimeError: when all steps are done.
             Stopped: when a stop is requested; the last finished step is saved.
         """
-        assert self._run is not None, "RLlib calls training_step after setup"
+        run = self._open_run
         try:
-            self._train_step(self._run)
+            self._train_step(run)
         except Stopped:
-            self._run.save_stopped()
+            run.save_stopped()
             raise
+
+    def evaluate(self, parallel_train_future: Any = None) -> dict[str, float]:
+        """Evaluate the current policy on the held-out prompts; return metrics named `eval_...`.
+
+        Raises:
+            ConfigError: when there are none.
+        """
+        run = self._open_run
+        if not run.held_out:
+            raise ConfigError('evaluation.prompts must be set for evaluate(), got none; use section("evaluation", ...)')
+        return run.evaluate(run.step)
 
     def step(self) -> dict[str, Any]:
         """Return the step's results; `done` tells Tune that the run is over."""
+        run = self._open_run
+        if self._storage is not None and self._is_done:  # Tune was ended before it heard so, and asks again
+            run.finish()
+            self._iteration = run.step - 1
+            return {**run.recorder.rows[-1], "done": True}
         return {**super().step(), "done": self._is_done}
 
     def cleanup(self) -> None:
@@ -180,26 +219,54 @@ class RLHF(Algorithm):
 
     def get_state(self, components: Any = None, *, not_components: Any = None, **kwargs: Any) -> dict[str, Any]:
         """Save the run at the end of its last step, and return where its state is."""
-        assert self._run is not None, "RLlib saves after setup"
-        self._run.save()
-        return {"run_dir": self._run.storage.directory, "step": self._run.step}
+        run = self._open_run
+        run.save()
+        return {"run_dir": run.storage.directory, "step": run.step}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Check that this is the run that was saved: it has already continued from its own checkpoint.
+        """Check that this is the run that was saved: it has already continued from its own newest checkpoint.
 
         Raises:
             ValueError: when it is another run.
         """
-        assert self._run is not None, "RLlib restores after setup"
-        if state["run_dir"] != self._run.storage.directory:
+        run = self._open_run
+        if state["run_dir"] != run.storage.directory:
             raise ValueError(
-                f"the run to restore must be in {state['run_dir']}, got run.dir {self._run.storage.directory}; "
-                "use RLHF.from_checkpoint"
+                f"the run to restore must be in {state['run_dir']}, got run.dir {run.storage.directory}; "
+                "use RLHF.from_checkpoint, and no scheduler of Tune that copies trials (PBT)"
             )
+        self._iteration = run.step  # which Tune has just set to that of its own checkpoint
 
     def restore_from_path(self, path: Any, *args: Any, **kwargs: Any) -> None:
         """Read the saved state; RLlib's own version would go on to synchronise workers it does not have here."""
         Checkpointable.restore_from_path(self, path, *args, **kwargs)
+
+    def __repr__(self) -> str:
+        if self._run is None:
+            return "RLHF(stopped)"
+        return f"RLHF({self._run.storage.directory}, step {self._run.step} of {self._run.config.run.num_steps})"
+
+    def _directory(self, settings: dict[str, Any]) -> dict[str, str]:
+        """Return `run.dir`: in a Tune trial the trial's own, elsewhere the configured one, by default RLlib's.
+
+        Raises:
+            ConfigError: when Tune keeps trials in an object store.
+        """
+        if self._storage is None:
+            return {"dir": settings.get("dir", os.path.join(self.logdir, "run"))}
+        if self._storage.storage_filesystem.type_name != "local":
+            raise ConfigError(
+                "Tune's storage_path must be a directory that all nodes mount, got "
+                f"{self._storage.storage_fs_path}; run directories are not supported on object stores yet"
+            )
+        os.chdir(os.environ["TUNE_ORIG_WORKING_DIR"])  # which Tune has left, and where relative paths start
+        return {"dir": self._storage.trial_fs_path}
+
+    @property
+    def _open_run(self) -> Run:
+        if self._run is None:
+            raise RuntimeError("an algorithm must not be used after stop(); continue the run with RLHF.from_checkpoint")
+        return self._run
 
     def _train_step(self, run: Run) -> None:
         step = next(self._steps, None)
@@ -212,8 +279,7 @@ class RLHF(Algorithm):
 
     @property
     def _is_done(self) -> bool:
-        assert self._run is not None
-        return self._run.step >= self._run.config.run.num_steps
+        return self._open_run.step >= self._open_run.config.run.num_steps
 
     def _leave_out_rllibs_own(self) -> None:
         self.callbacks = [make() for make in _as_list(self.config.callbacks_class)]
@@ -222,6 +288,14 @@ class RLHF(Algorithm):
         connectors = "_aggregator_actor_manager env_to_module_connector module_to_env_connector"
         for name in f"{absent} {connectors}".split():
             setattr(self, name, None)
+
+
+def _trial_request(placement: Placement) -> PlacementGroupFactory:
+    bundles = placement.trial_bundles()
+    labels = [dict(group.labels) for group, _ in bundles]
+    # The first, empty one is the trial's own process, which only waits for the others.
+    selectors: dict[str, Any] = {"bundle_label_selector": labels} if any(labels) else {}
+    return PlacementGroupFactory([{}, *(group.resources for group, _ in bundles)], **selectors)
 
 
 def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:

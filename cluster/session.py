@@ -29,7 +29,7 @@ from cluster.messages import Role, Weights
 from cluster.pipeline import Batch, Pipeline
 from cluster.pipeline_core import PipelineCore
 from cluster.placement import Placement, PlacementError, Processes, join_cluster, plan_placement
-from cluster.places import Places
+from cluster.places import Places, check_trial
 from cluster.pool import RayWorkers, fetch, unique_name
 from cluster.processes import ProcessStatus
 from cluster.progress import Display
@@ -165,6 +165,7 @@ class Session:
         with self.display.phase("joining Ray"):
             cores, node_cores = join_cluster(config)
             placement = plan_placement(config, cores=cores, node_cores=node_cores)
+            check_trial(placement)
         has_checkpoints = bool(self.storage.checkpoints())
         checkpoint = self.storage.newest_checkpoint()
         if has_checkpoints and checkpoint is None:

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from actors.cache import cache_directory, content_hash
+from actors.cache import cache_directory, content_hash, locked
 from actors.config import PolicyConfig
 from actors.plugins import import_function
 from cluster.config import ConfigError, read_yaml, validate
 from cluster.hardware import live_nodes
-from cluster.placement import Processes, gang_group
+from cluster.placement import Processes, enclosing_group, gang_group
 from cluster.places import ask_for
 from learner.config import DataConfig, SFTConfig
 
@@ -49,13 +49,14 @@ def prepare_policy(policy: PolicyConfig, *, seed: int, train: Callable[[SFTConfi
     # Named by its settings and its data's content.
     key = content_hash(sft.model_dump(mode="json", exclude={"output"}), _content(sft.data))
     output = os.path.join(cache_directory(), "sft", key)
-    if not os.path.isfile(os.path.join(output, "config.json")):
-        train(sft.model_copy(update={"output": output}))
+    with locked(output):
+        if not os.path.isfile(os.path.join(output, "config.json")):
+            train(sft.model_copy(update={"output": output}))
     return output
 
 
 def train_start(sft: SFTConfig, *, learner: Processes, ready_timeout_s: float) -> None:
-    """Train a supervised start in a process of its own, in a learner rank's place.
+    """Train a supervised start in a process of its own, in a learner rank's place; in a Tune trial, in that of rank 0.
 
     Raises:
         PlacementError: when the cluster has no such place in time.
@@ -66,21 +67,23 @@ def train_start(sft: SFTConfig, *, learner: Processes, ready_timeout_s: float) -
 
     from cluster.pool import fetch
 
+    trial = enclosing_group()
     wanted = gang_group(replace(learner, count=1), guests=None, nodes=live_nodes())
-    group = ask_for(wanted, timeout_s=ready_timeout_s)
+    group = ask_for(wanted, timeout_s=ready_timeout_s) if trial is None else trial
     options: dict[str, Any] = {
         "num_cpus": learner.cpus,
         "num_gpus": learner.gpus,
         "max_retries": 0,
         "max_calls": 1,  # the process ends with the task and gives its memory back
         "runtime_env": {"env_vars": learner.environment},
-        "scheduling_strategy": PlacementGroupSchedulingStrategy(group),
+        "scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0),
     }
     try:
         task = ray.remote(**options)(_sft_task)
         fetch(task.remote(sft, learner.threads, cache_directory()), what="the supervised start", timeout_s=None)
     finally:
-        remove_placement_group(group)
+        if trial is None:
+            remove_placement_group(group)
 
 
 def _sft_task(sft: SFTConfig, num_threads: int, cache_dir: str) -> None:
