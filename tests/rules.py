@@ -1,5 +1,7 @@
 """Reward functions that tests name by import path."""
 
+import os
+
 
 def share_of_a(prompts, completions, **columns):
     """Return the share of the letter a in each completion."""
@@ -14,3 +16,8 @@ def enormous(prompts, completions, **columns):
 def enormous_for_b(prompts, completions, **columns):
     """Return scores whose square is not finite, for the prompt b only."""
     return [3e38 if prompt == "b" else 0.5 for prompt in prompts]
+
+
+def end_the_process(prompts, completions, **columns):
+    """Take the worker along."""
+    os._exit(1)

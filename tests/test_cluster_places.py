@@ -56,6 +56,51 @@ def test_workers_of_the_cpu_are_placed_one_by_one(ray_cluster):
     places.close()
 
 
+def _inside_a_trial(config):
+    """Where each process of a run would go, seen from a Tune trial."""
+    import ray
+
+    from cluster.placement import join_cluster
+    from cluster.places import check_trial
+
+    placement = plan_placement(config, cores=join_cluster(config)[0])
+    check_trial(placement)
+    places = Places(placement, lambda: None, timeout_s=1.0)
+    places.reserve()
+    index = [places.options(*of)["scheduling_strategy"].placement_group_bundle_index for of in _WORKERS]
+    start = ray.remote(num_cpus=placement.reward.cpus)(os.getpid).options(**places.options("reward", 0)).remote()
+    assert ray.get(start, timeout=60)
+    return index, placement.learner.threads
+
+
+_WORKERS = [("rollout", 0), ("rollout", 1), ("reward", 0)]
+
+
+def _in_group(ray, bundles, config):
+    from ray.util.placement_group import placement_group, remove_placement_group
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    group = placement_group(bundles)
+    inside = PlacementGroupSchedulingStrategy(group, placement_group_capture_child_tasks=True)
+    try:
+        return ray.get(ray.remote(num_cpus=0, scheduling_strategy=inside)(_inside_a_trial).remote(config), timeout=90)
+    finally:
+        remove_placement_group(group)
+
+
+def test_inside_a_trial_every_process_has_a_bundle_of_its_own(ray_cluster):
+    config = minimal_config(rollouts={"num_workers": 2}, placement={"cores": 1})
+    index, threads = _in_group(ray_cluster, [{"CPU": 0.25}] * 4, config)
+    assert index == [1, 2, 3], "the rank has the first"
+    assert threads == 1, "of one core, whatever the cluster has"
+
+
+def test_a_trial_without_a_bundle_for_each_process_is_refused_and_does_not_hang(ray_cluster):
+    config = minimal_config(rollouts={"num_workers": 2}, placement={"cores": 1})
+    with pytest.raises(PlacementError, match=r"bundles must be those of its processes, .*leave a trial's"):
+        _in_group(ray_cluster, [{"CPU": 0.25}] * 3, config)
+
+
 def test_live_nodes_are_what_ray_says(ray_cluster):
     (node,) = live_nodes()
     assert (node.cpus, node.gpus) == (2.0, 0.0)

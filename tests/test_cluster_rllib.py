@@ -1,34 +1,23 @@
 """The RLlib shell drives the same run: configuration by methods, train, save, restore."""
 
-import json
 import math
 
 import pyarrow.parquet as pq
 import pytest
+from ray.rllib.callbacks.callbacks import RLlibCallback
 
 from cluster.config import ConfigError, RunConfig, load
 from cluster.loop import train_step
 from cluster.rllib import RLHF, RLHFConfig
 from cluster.run import Stopped
 from tests.recovery_toys import calm_place
-
-ARCHITECTURE = {"model_type": "gpt2", "n_layer": 2, "n_head": 2, "n_embd": 32, "vocab_size": 6}
+from tests.rllib_toys import ARCHITECTURE, toy_config
 
 
 @pytest.fixture
 def config(tmp_path, monkeypatch):
     monkeypatch.setattr("ray.tune.trainable.trainable.DEFAULT_STORAGE_PATH", str(tmp_path))  # RLlib's log directories
-    prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in "abcd"))
-    return (
-        RLHFConfig()
-        .model({"architecture": ARCHITECTURE, "tokenizer": {"characters": "abcd"}})
-        .prompts(path=str(prompts))
-        .rollouts(prompts_per_step=4, samples_per_prompt=4, max_new_tokens=6, max_rows=8)
-        .reward(components={"share": {"function": "tests.rules:share_of_a"}})
-        .learners(backend="local", optimizer={"learning_rate": 3e-3})
-        .run(dir=str(tmp_path / "run"), num_steps=3, checkpoint_every=1)
-    )
+    return toy_config(tmp_path, dir=str(tmp_path / "run"))
 
 
 def test_methods_say_what_the_yaml_says(config):
@@ -62,23 +51,64 @@ def test_settings_survive_rllibs_dict(config):
     """Tune hands configurations over as dicts."""
     again = RLHF.get_default_config().update_from_dict(config.to_dict())
     assert again.run_config(default_dir="unused") == config.run_config(default_dir="unused")
+    again.validate()
 
 
-def test_tune_is_told_of_every_process_it_must_make_room_for(config):
-    request = RLHF.default_resource_request(config.rollouts(num_workers=2))
-    assert len(request.bundles) == 3, "two rollout workers and a reward worker; the ranks have a group of their own"
+class _Notes(RLlibCallback):
+    def on_algorithm_init(self, *, algorithm, metrics_logger, **kwargs):
+        metrics_logger.log_value("mine", algorithm.iteration + 10.0, reduce="max", window=1)
+
+    def on_train_result(self, *, algorithm, metrics_logger, result, **kwargs):
+        result["doubled"] = 2 * result["score_mean"]
+        metrics_logger.log_value("mine", float(algorithm.iteration), reduce="max", window=1)
+
+
+class _Episodes(RLlibCallback):
+    def on_episode_end(self, **kwargs):
+        """A run has no episodes of RLlib's."""
+
+
+def test_settings_that_a_run_would_ignore_are_refused(config):
+    config.environment("CartPole-v1").training(lr=0.1)
+    config.num_env_runners = 2
+    config.num_worker = 2
+    with pytest.raises(ConfigError) as caught:
+        config.callbacks(_Episodes).build_algo()
+    text = str(caught.value)
+    assert "num_env_runners must be left at 0, got 2: a run has no use of RLlib's own; use rollouts(num_workers" in text
+    assert 'learners(optimizer={"learning_rate": ...})' in text
+    assert "env must be left at None, got 'CartPole-v1'" in text
+    assert "num_worker is neither a setting of RLlib nor a section" in text
+    assert "_Episodes must have no on_episode_end, which a run never calls" in text
+    assert len(text.splitlines()) == 5
+
+
+def test_methods_of_rllibs_own_policies_say_what_to_use():
+    with pytest.raises(NotImplementedError, match=r"get_policy must not be called, .* the policy is in <run"):
+        RLHF.__new__(RLHF).get_policy()
+    with pytest.raises(NotImplementedError, match=r"use RLHF\.from_checkpoint"):
+        RLHF.from_state({})
 
 
 def test_train_is_one_step_of_the_run(config, ray_cluster, tmp_path):
-    algorithm = config.run(num_steps=2).build_algo()
+    held_out = {"path": str(tmp_path / "prompts.jsonl")}
+    config = config.section("evaluation", prompts=held_out, every=9, num_prompts=2, samples_per_prompt=2)
+    algorithm = config.run(num_steps=2).callbacks(_Notes).build_algo()
     try:
         results = [algorithm.train() for _ in range(2)]
+        assert algorithm.evaluate()["eval_score_mean"] == results[1]["eval_score_mean"], "the same weights and seeds"
+        assert repr(algorithm) == f"RLHF({tmp_path / 'run'}, step 2 of 2)"
         with pytest.raises(RuntimeError, match=r"at most run\.num_steps times"):
             algorithm.train()
     finally:
         algorithm.stop()
+    with pytest.raises(RuntimeError, match=r"must not be used after stop\(\)"):
+        algorithm.evaluate()
     assert [(result["training_iteration"], result["done"]) for result in results] == [(1, False), (2, True)]
-    rows = pq.read_table(tmp_path / "run" / "metrics.parquet").drop(["step"]).to_pylist()
+    assert [(result["mine"], result["doubled"]) for result in results] == [
+        (value, 2 * result["score_mean"]) for value, result in zip((10.0, 1.0), results, strict=True)
+    ], "what callbacks log, and what they add to a result"
+    rows = pq.read_table(tmp_path / "run" / "metrics.parquet").drop(["step"]).to_pylist()[1:]  # not the evaluated start
     assert [{name: result.get(name) for name in row} for result, row in zip(results, rows, strict=True)] == rows
     assert (tmp_path / "run" / "policy" / "config.json").exists(), "the last step exports the policy"
 
