@@ -10,7 +10,7 @@ which has begun has all that it needs, and no two of them wait for what the othe
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from cluster.bundles import SETTINGS, BundleGroup, describe, fit
@@ -54,8 +54,8 @@ def check_trial(placement: Placement) -> None:
     trial = enclosing_group()
     if trial is None:
         return
-    wanted = [group.resources for group, _ in placement.trial_bundles()]
-    given = [{name: spec[name] for name in ("CPU", "GPU") if spec.get(name)} for spec in trial.bundle_specs]
+    wanted = [_rounded(group.resources) for group, _ in placement.trial_bundles()]
+    given = [_rounded(bundle) for bundle in trial.bundle_specs]
     if given != wanted:
         nodes = live_nodes()
         shortages = [found.shortage for found in fit(placement.groups(nodes), nodes) if found.shortage]
@@ -63,6 +63,11 @@ def check_trial(placement: Placement) -> None:
             f"the trial's bundles must be those of its processes, {wanted}, got {given}: "
             + (shortages[0] if shortages else "leave a trial's resources to RLHF, and set placement.cores")
         )
+
+
+def _rounded(bundle: Mapping[str, float]) -> dict[str, float]:
+    """Return what a bundle has of cores and GPUs, to Ray's own grain."""
+    return {name: round(bundle[name], 4) for name in ("CPU", "GPU") if bundle.get(name)}
 
 
 def _wanted(group: BundleGroup) -> str:

@@ -8,7 +8,7 @@ Each trial is a run with a directory of its own; a sweep over something else is 
 
 import argparse
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
@@ -53,10 +53,10 @@ def rate_of(config: Mapping[str, Any]) -> float:
     return rate
 
 
-def table(results: Iterable[tune.Result]) -> Table:
-    """Return a line for each trial."""
+def table(results: Sequence[tune.Result]) -> Table:
+    """Return a line for each trial, in the order of their rates."""
     columns = Table("learning rate", "held-out score", "KL", "steps", "minutes", "run directory")
-    for result in results:
+    for rate, result in zip(rates(len(results)), results, strict=True):
         row = result.metrics or {}
         figures = (
             [
@@ -68,7 +68,7 @@ def table(results: Iterable[tune.Result]) -> Table:
             if METRIC in row and result.error is None
             else [f"failed: {type(result.error).__name__}", "", "", ""]
         )
-        columns.add_row(f"{rate_of(result.config or {}):g}", *figures, os.path.relpath(result.path))
+        columns.add_row(f"{rate:g}", *figures, os.path.relpath(result.path))
     return columns
 
 
@@ -82,7 +82,7 @@ def main() -> None:
     ray.init(log_to_driver=False)
     results = sweep(num_trials=arguments.num_trials, steps=arguments.steps, storage=arguments.storage)
     console = Console(width=160)
-    console.print(table(results))
+    console.print(table(list(results)))
     if results.num_errors < len(results):
         best = results.get_best_result(METRIC, "max")
         directory = os.path.relpath(best.path)
