@@ -229,7 +229,7 @@ def _shortage(group: BundleGroup, rooms: Sequence[_Room], placed: int) -> str:
 
 def _share(group: BundleGroup, gpu_setting: str) -> str:
     if not group.gpus:
-        return "the other roles' processes"
+        return "placement.cores" if group.cpus > 1 else "the other roles' processes"
     return "rollouts.tensor_parallel" if group.gpus > 1 else gpu_setting
 
 

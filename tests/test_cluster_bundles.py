@@ -140,6 +140,11 @@ def test_whoever_shares_a_gpu_is_in_one_bundle():
             "reward",
             "lower reward.num_workers or placement.reward_gpus, or add nodes",
         ),
+        (
+            {"placement": {"cores": 66}},
+            "reward",
+            "lower reward.num_workers or placement.cores, or add nodes",
+        ),
     ],
 )
 def test_a_shortage_names_the_setting_and_what_there_is(sections, role, expected):

@@ -46,6 +46,12 @@ def test_named_threads_win():
     assert (placement.rollout.threads, placement.learner.threads) == (3, 1)
 
 
+def test_cores_that_a_run_is_given_are_all_in_rays_books():
+    placement = plan_placement(minimal_config(placement={"cores": 6}), cores=64)
+    assert [role.threads for role in placement.all] == [5, 1, 6]
+    assert [role.cpus for role in placement.all] == [2.0, 2.0, 2.0], "so that nobody else is given them"
+
+
 def test_no_process_has_more_threads_than_its_node():
     placement = plan_placement(minimal_config(), cores=64, node_cores=4)
     assert [role.threads for role in placement.all] == [4, 4, 4]
