@@ -21,6 +21,7 @@ trial has: on two cores, two trials with one each work at a time.
 """
 
 import os
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -33,11 +34,13 @@ from ray.rllib.utils.metrics.metrics_logger import MetricsLogger
 from ray.tune import PlacementGroupFactory
 
 from cluster.checks import check_run
+from cluster.claim import holder
 from cluster.config import ConfigError, RunConfig, load, validate
 from cluster.loop import train_step
 from cluster.placement import Placement, cluster_cpus, plan_placement
 from cluster.rllib_limits import METHODS, problems, refusing
 from cluster.run import Run, Stopped
+from cluster.storage import RunStorage
 
 
 class RLHFConfig(AlgorithmConfig):
@@ -154,6 +157,8 @@ class RLHF(Algorithm):
         sections["run"] = sections.get("run", {}) | self._directory(sections.get("run", {}))
         run_config = self.config.run_config(default_dir=sections["run"]["dir"])
         check_run(run_config)
+        if self._storage is not None:
+            _wait_for_former(run_config)
         self._run = Run(run_config)
         try:
             self._run.evaluate_start()
@@ -244,7 +249,7 @@ class RLHF(Algorithm):
     def __repr__(self) -> str:
         if self._run is None:
             return "RLHF(stopped)"
-        return f"RLHF({self._run.storage.directory}, step {self._run.step} of {self._run.config.run.num_steps})"
+        return f"RLHF({os.path.basename(self._run.storage.directory)})"  # before each line that Ray prints of a trial
 
     def _directory(self, settings: dict[str, Any]) -> dict[str, str]:
         """Return `run.dir`: in a Tune trial the trial's own, elsewhere the configured one, by default RLlib's.
@@ -296,6 +301,13 @@ def _trial_request(placement: Placement) -> PlacementGroupFactory:
     # The first, empty one is the trial's own process, which only waits for the others.
     selectors: dict[str, Any] = {"bundle_label_selector": labels} if any(labels) else {}
     return PlacementGroupFactory([{}, *(group.resources for group, _ in bundles)], **selectors)
+
+
+def _wait_for_former(config: RunConfig) -> None:
+    """Give a trial's former process, which Tune paused or takes for failed, time to close the run directory."""
+    storage, deadline = RunStorage(config.run.dir), time.monotonic() + config.placement.ready_timeout_s
+    while holder(storage) is not None and time.monotonic() < deadline:
+        time.sleep(0.5)
 
 
 def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
