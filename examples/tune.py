@@ -8,7 +8,7 @@ Each trial is a run with a directory of its own; a sweep over something else is 
 
 import argparse
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import ray
@@ -53,10 +53,11 @@ def rate_of(config: Mapping[str, Any]) -> float:
     return rate
 
 
-def table(results: Sequence[tune.Result]) -> Table:
+def table(results: tune.ResultGrid) -> Table:
     """Return a line for each trial, in the order of their rates."""
     columns = Table("learning rate", "held-out score", "KL", "steps", "minutes", "run directory")
-    for rate, result in zip(rates(len(results)), results, strict=True):
+    for index, rate in enumerate(rates(len(results))):
+        result = results[index]
         row = result.metrics or {}
         figures = (
             [
@@ -82,7 +83,7 @@ def main() -> None:
     ray.init(log_to_driver=False)
     results = sweep(num_trials=arguments.num_trials, steps=arguments.steps, storage=arguments.storage)
     console = Console(width=160)
-    console.print(table(list(results)))
+    console.print(table(results))
     if results.num_errors < len(results):
         best = results.get_best_result(METRIC, "max")
         directory = os.path.relpath(best.path)
