@@ -248,7 +248,7 @@ class RLHF(Algorithm):
 
     def __repr__(self) -> str:
         if self._run is None:
-            return "RLHF(stopped)"
+            return "RLHF"
         return f"RLHF({os.path.basename(self._run.storage.directory)})"  # before each line that Ray prints of a trial
 
     def _directory(self, settings: dict[str, Any]) -> dict[str, str]:

@@ -68,7 +68,7 @@ def _inside_a_trial(config):
     places = Places(placement, lambda: None, timeout_s=1.0)
     places.reserve()
     index = [places.options(*of)["scheduling_strategy"].placement_group_bundle_index for of in _WORKERS]
-    start = ray.remote(num_cpus=placement.reward.cpus)(os.getpid).options(**places.options("reward", 0)).remote()
+    start = ray.remote(num_cpus=placement.reward.cpus)(lambda: True).options(**places.options("reward", 0)).remote()
     assert ray.get(start, timeout=60)
     return index, placement.learner.threads
 

@@ -74,7 +74,7 @@ def _tuner(config, sections, directory, **options):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(540)
 def test_four_trials_two_at_a_time_of_which_two_fail_alone(ray_cluster, tmp_path, monkeypatch):
     monkeypatch.setenv("CONCORD_CACHE", str(tmp_path / "cache"))
     config = toy_config(tmp_path, num_steps=2).section("placement", cores=1).section("pipeline", max_restarts=0)
@@ -96,7 +96,7 @@ def test_four_trials_two_at_a_time_of_which_two_fail_alone(ray_cluster, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(540)
 def test_a_stopped_trial_frees_its_places_and_a_restored_sweep_continues_it(ray_cluster, tmp_path):
     config = toy_config(tmp_path, num_steps=3).section("placement", cores=1)
     checkpoints = tune.CheckpointConfig(checkpoint_at_end=True)
