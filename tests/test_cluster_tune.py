@@ -99,9 +99,7 @@ def test_four_trials_two_at_a_time_of_which_two_fail_alone(ray_cluster, tmp_path
 @pytest.mark.timeout(540)
 def test_a_stopped_trial_frees_its_places_and_a_restored_sweep_continues_it(ray_cluster, tmp_path):
     config = toy_config(tmp_path, num_steps=3).section("placement", cores=1)
-    checkpoints = tune.CheckpointConfig(checkpoint_at_end=True)
-    tuner = _tuner(config, [config.sections], tmp_path, stop={"training_iteration": 1}, checkpoint_config=checkpoints)
-    (stopped,) = tuner.fit()
+    (stopped,) = _tuner(config, [config.sections], tmp_path, stop={"training_iteration": 1}).fit()
     assert (stopped.error, stopped.metrics["training_iteration"]) == (None, 1)
     assert _all_free(ray_cluster)
     restored = RLHF.from_checkpoint(stopped.checkpoint)
