@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Mapping
 
 MANIFEST = "manifest.json"
 _UNREADABLE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO)
@@ -34,7 +35,7 @@ def files_of(directory: str) -> list[str]:
 
 def manifest_of(directory: str) -> str:
     """Return the manifest that fits what a directory holds."""
-    return _render({name: _sha256(os.path.join(directory, name)) for name in files_of(directory)})
+    return render_manifest({name: sha256_of(os.path.join(directory, name)) for name in files_of(directory)})
 
 
 def damage_of(directory: str) -> str | None:
@@ -44,9 +45,10 @@ def damage_of(directory: str) -> str | None:
         OSError: when it cannot be told: the files may be there, but this process may not read them.
     """
     try:
-        hashes = _read_manifest(os.path.join(directory, MANIFEST))
+        with open(os.path.join(directory, MANIFEST), encoding="utf-8", newline="") as file:
+            hashes = parse_manifest(file.read())
         for name, expected in hashes.items():
-            if _sha256(os.path.join(directory, name)) != expected:
+            if sha256_of(os.path.join(directory, name)) != expected:
                 return f"{name} does not match its recorded hash"
     except OSError as error:
         if error.errno not in _UNREADABLE:
@@ -57,25 +59,28 @@ def damage_of(directory: str) -> str | None:
     return None
 
 
-def _read_manifest(path: str) -> dict[str, str]:
-    """Return name -> hash, from a file that is to the byte what is written for them.
+def parse_manifest(text: str) -> dict[str, str]:
+    """Return name -> hash, from a text that is to the byte what is written for them.
 
     Its own bytes have no hash, so one that reads well but could not have been written counts as damaged, e.g. one with
     a name twice: a flipped bit made one file's name another's.
+
+    Raises:
+        ValueError: when it is not.
     """
-    with open(path, encoding="utf-8", newline="") as file:
-        text = file.read()
     hashes = json.loads(text)
     is_table = isinstance(hashes, dict) and all(isinstance(value, str) for value in hashes.values())
-    if not is_table or _render(hashes) != text:
+    if not is_table or render_manifest(hashes) != text:
         raise ValueError("it reads as something else")
     return hashes
 
 
-def _render(hashes: dict[str, str]) -> str:
+def render_manifest(hashes: Mapping[str, str]) -> str:
+    """Return the manifest of files with these hashes."""
     return json.dumps(hashes, indent=1, sort_keys=True) + "\n"
 
 
-def _sha256(path: str) -> str:
+def sha256_of(path: str) -> str:
+    """Return a file's hash as a manifest has it."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

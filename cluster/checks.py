@@ -10,6 +10,7 @@ from typing import Any
 
 from actors.config import PolicyConfig, PromptsConfig
 from cluster.config import ConfigError, RunConfig
+from cluster.object_store import is_url, package_of, without_credentials
 from cluster.start import start_config
 from learner.algorithm_config import AlgorithmConfig
 from learner.config import DataConfig
@@ -74,15 +75,29 @@ def _is_job() -> bool:
 
 def _directory(config: RunConfig, *, is_submitted: bool) -> Iterator[str]:
     directory, in_job = config.run.dir, is_submitted or _is_job()
-    if "://" in directory:
-        yield f"run.dir must be a local path, got {directory!r}; object stores are not supported yet"
+    if is_url(directory):
+        yield from check_store(directory)
     elif in_job and not os.path.isabs(directory):
         yield (
             f"run.dir must be absolute in a Ray job, whose working directory is temporary, got {directory!r}; name a "
-            "directory that all nodes mount"
+            "directory that all nodes mount, or the URL of an object store"
         )
     elif not is_submitted and os.path.exists(directory) and not os.path.isdir(directory):
         yield f"run.dir must be a directory, and {directory!r} is a file"
+
+
+def check_store(url: str, *, where: str = "run.dir") -> Iterator[str]:
+    """Yield why a run cannot be in an object store of this kind; nothing is asked of the store."""
+    scheme, package = package_of(url)
+    shown = without_credentials(url)
+    if not package:
+        yield f"{where} must be a path or a URL that fsspec knows, such as s3://bucket/runs/x, got {shown!r}"
+    elif scheme == "memory":
+        yield f"{where} must be where all processes see it, and {shown!r} is the memory of one; use file:// to try"
+    elif importlib.util.find_spec(package.partition(".")[0]) is None:
+        name = package.partition(".")[0]
+        extra = f"'concord-rlhf[{scheme}]'" if scheme == "s3" else name
+        yield f"{where} must be in a store whose package is installed, and {shown!r} needs {name}; pip install {extra}"
 
 
 def _trackers(config: RunConfig) -> Iterator[str]:

@@ -1,12 +1,9 @@
 """Who may write to a run directory: one process at a time, and only with the run's own configuration."""
 
-import fcntl
-import os
-import time
-from contextlib import suppress
-from typing import Any, TextIO
+from typing import Any
 
 from cluster.config import ConfigError, RunConfig, load, to_yaml
+from cluster.lock import Lock, TakenError
 from cluster.storage import RunStorage
 
 OPERATIONAL = frozenset(
@@ -20,51 +17,27 @@ OPERATIONAL = frozenset(
 """Settings (and all of `placement`) that change where and how work is done, not what is learnt: a run may be continued
 with others."""
 
-_LOCK = ".lock"
-_NUM_TRIES = 5
-_RETRY_S = 0.05
 
-
-def claim(storage: RunStorage, config: RunConfig) -> TextIO:
+def claim(storage: RunStorage, config: RunConfig) -> Lock:
     """Lock the run directory and write the resolved configuration; return the lock, which is free when it is closed.
 
     Raises:
         ConfigError: when another process has the directory, or it holds a run with another configuration.
     """
-    # Closed by the caller: it stays open as long as the run.
-    lock = open(storage.path(_LOCK), "a+", encoding="utf-8")  # noqa: SIM115
     try:
-        _take(lock)
-    except BlockingIOError as error:
-        lock.seek(0)
-        owner = lock.read().strip()
-        lock.close()
+        lock = storage.lock()
+    except TakenError as error:
         raise ConfigError(
-            f"run.dir {storage.directory} must belong to one process, and process {owner} is writing to it; "
+            f"run.dir {storage.shown()} must belong to one process, and process {error} is writing to it; "
             "wait for it, end it, or choose another run.dir"
         ) from error
-    lock.truncate(0)
-    lock.write(str(os.getpid()))
-    lock.flush()
     try:
         _compare(storage, config)
+        storage.write_text(to_yaml(config), "config.yaml")
     except BaseException:
         lock.close()
         raise
-    storage.write_text(to_yaml(config), "config.yaml")
     return lock
-
-
-def holder(storage: RunStorage) -> str | None:
-    """Return the id of the process that has the run directory; None where nobody has."""
-    if not storage.exists(_LOCK):
-        return None
-    with open(storage.path(_LOCK), encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return lock.read().strip()
-    return None
 
 
 def learning_changes(before: RunConfig, now: RunConfig) -> list[str]:
@@ -78,16 +51,6 @@ def learning_changes(before: RunConfig, now: RunConfig) -> list[str]:
     ]
 
 
-def _take(lock: TextIO) -> None:
-    """Lock the file at once, or after a moment: somebody who asks for the `holder` has it for as long as that takes."""
-    for _ in range(_NUM_TRIES - 1):
-        with suppress(BlockingIOError):
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        time.sleep(_RETRY_S)
-    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
 def _compare(storage: RunStorage, config: RunConfig) -> None:
     has_begun = bool(storage.checkpoints()) or storage.exists("metrics.jsonl")
     if not (has_begun and storage.exists("config.yaml")):
@@ -95,7 +58,7 @@ def _compare(storage: RunStorage, config: RunConfig) -> None:
     changes = learning_changes(load(RunConfig, storage.path("config.yaml")), config)
     if changes:
         raise ConfigError(
-            f"run.dir {storage.directory} holds a run with another configuration ({', '.join(changes)}); "
+            f"run.dir {storage.shown()} holds a run with another configuration ({', '.join(changes)}); "
             "choose another run.dir, or continue the run with its own settings"
         )
 

@@ -54,8 +54,9 @@ def resume(run_dir: RunDirectory, overrides: Overrides = None) -> None:
     """Continue a run with its own configuration; only settings of where and how work is done may be replaced."""
     _must_be_run(run_dir)
     from cluster.claim import learning_changes
+    from cluster.remote_storage import open_storage
 
-    path = os.path.join(run_dir, "config.yaml")
+    path = open_storage(run_dir).path("config.yaml")
     config = load(RunConfig, path, overrides or [])
     changes = learning_changes(load(RunConfig, path), config)
     if changes:
@@ -218,8 +219,9 @@ def export(
     """Write the newest checkpoint's policy as a directory that transformers' from_pretrained loads."""
     _must_be_run(run_dir)
     from cluster.export import export_policy
+    from cluster.remote_storage import open_storage
 
-    print(export_policy(run_dir, output or os.path.join(run_dir, "policy")))
+    print(export_policy(run_dir, output or open_storage(run_dir).address("policy")))
 
 
 @app.command()
@@ -271,8 +273,8 @@ def _train(config: RunConfig) -> None:
 
     with Run(config) as run:
         train_loop(run)
-    print(f"Run directory: {run.storage.directory}\nPolicy: {run.storage.path('policy')}")
-    print(f"Report: concord report {run.storage.directory}")
+    print(f"Run directory: {run.storage.shown()}\nPolicy: {run.storage.shown('policy')}")
+    print(f"Report: concord report {run.storage.shown()}")
 
 
 def _show(page: "RenderableType") -> None:
@@ -282,8 +284,17 @@ def _show(page: "RenderableType") -> None:
 
 
 def _must_be_run(directory: str) -> None:
-    if not os.path.isfile(os.path.join(directory, "config.yaml")):
-        raise ConfigError(f"RUN_DIR must be the directory of a run, and {directory!r} holds no config.yaml")
+    from cluster.object_store import is_url, without_credentials
+    from cluster.remote_storage import open_storage
+
+    if is_url(directory):
+        from cluster.checks import check_store
+
+        for problem in check_store(directory, where="RUN_DIR"):
+            raise ConfigError(problem)
+    if not open_storage(directory).exists("config.yaml"):
+        shown = without_credentials(directory) if is_url(directory) else directory
+        raise ConfigError(f"RUN_DIR must be the directory of a run, and {shown!r} holds no config.yaml")
 
 
 def _describe(error: Exception) -> tuple[str, int]:

@@ -4,7 +4,9 @@ import json
 import os
 
 from cluster.config import ConfigError, RunConfig, load
-from cluster.storage import RunStorage
+from cluster.deliveries import delivered, fetched
+from cluster.object_store import is_url, without_credentials
+from cluster.remote_storage import open_storage
 
 
 def export_policy(run_dir: str, output: str) -> str:
@@ -13,15 +15,15 @@ def export_policy(run_dir: str, output: str) -> str:
     Raises:
         ConfigError: when the run has no whole checkpoint.
     """
-    storage = RunStorage(run_dir)
+    storage = open_storage(run_dir)
     newest = storage.newest_checkpoint()
     if newest is None:
         raise ConfigError(
-            f"{run_dir} must hold a checkpoint to export, and has none; run at least run.checkpoint_every steps"
+            f"{storage.shown()} must hold a checkpoint to export, and has none; run at least run.checkpoint_every steps"
         )
-    config = load(RunConfig, os.path.join(run_dir, "config.yaml"))
+    config = load(RunConfig, storage.path("config.yaml"))
     _, checkpoint = newest
-    model_dir = json.loads(storage.read_text(checkpoint, "run.json"))["model_dir"]
+    model_dir = storage.starting_model() or json.loads(storage.read_text(checkpoint, "run.json"))["model_dir"]
     if not os.path.isdir(model_dir):
         model_dir = _architecture(config, model_dir)
     from actors.weights import InProcessTransport
@@ -42,10 +44,11 @@ def export_policy(run_dir: str, output: str) -> str:
         transport=InProcessTransport(),
         max_new_tokens=config.rollouts.max_new_tokens,
     )
-    rank.load_state(checkpoint)
-    rank.export_policy(output)
+    rank.load_state(fetched(checkpoint))
+    with delivered(output) as local:
+        rank.export_policy(local)
     rank.close()
-    return os.path.abspath(output)
+    return without_credentials(output) if is_url(output) else os.path.abspath(output)
 
 
 def _architecture(config: RunConfig, missing: str) -> str:

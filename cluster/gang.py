@@ -13,16 +13,27 @@ import ray
 from actors.streams import StreamOffer
 from actors.weights import Publication, WeightTransport
 from cluster.config import RunConfig
+from cluster.deliveries import delivered, fetched
 from cluster.placement import Processes
 from cluster.ranks import GangError, GangPlace, Ranks
 from cluster.storage import StorageError
 from learner.batch import StepPlan
 from learner.learner import LearnerRank, Skipped
 from learner.outlets import Streamed
+from learner.state import Share, write
 
 
 class _Rank(LearnerRank):
     """A rank as Ray calls it: references become tables only where they are arguments of their own."""
+
+    def load_state(self, directory: str) -> None:
+        """Call it on this host's copy."""
+        super().load_state(fetched(directory))
+
+    def export_policy(self, directory: str) -> None:
+        """Call it, and bring the policy where it is wanted."""
+        with delivered(directory) as local:
+            super().export_policy(local)
 
     def step_on(self, plan: StepPlan, *tables: pa.Table) -> dict[str, float] | Skipped:
         """Call `step`."""
@@ -102,7 +113,7 @@ class LearnerGang:
         except FileNotFoundError as error:
             raise StorageError(
                 f"the checkpoint's directory must be there for every rank, and is not ({error}); "
-                "choose a run.dir on a file system that all nodes share"
+                "choose a run.dir on a file system that all nodes share, or in an object store"
             ) from error
         return [name for of_rank in names for name in of_rank]
 
@@ -144,7 +155,7 @@ class LearnerStarter:
 
     Args:
         config: the run's.
-        model_dir: where the ranks' model comes from.
+        model_dir: where the ranks' model comes from, as they take it (`RunStorage.model_for_workers`).
         processes: how many, with what.
         transport: for the weights they publish.
         run: a name for Ray's dashboard, unique on the cluster: its ranks are `walks-3fa2c1/learner-0.0`.
@@ -155,7 +166,7 @@ class LearnerStarter:
         self,
         config: RunConfig,
         *,
-        model_dir: str,
+        model_dir: Any,
         processes: Processes,
         transport: WeightTransport,
         run: str,
@@ -209,4 +220,11 @@ class LearnerStarter:
             "device": processes.device,
             "num_threads": processes.threads,
             "transport": self._transport,
+            "write_state": write_share,
         }
+
+
+def write_share(share: Share, directory: str) -> list[str]:
+    """Write a rank's share of a checkpoint, as `learner.state.write`; below a URL, return when it has been brought."""
+    with delivered(directory, has_hashes=True) as local:
+        return write(share, local)

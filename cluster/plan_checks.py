@@ -7,6 +7,7 @@ from typing import Literal
 from cluster.bundles import fit
 from cluster.config import RunConfig
 from cluster.memory_plan import DEFAULT_PROMPT_TOKENS, ProcessMemory, Sizes, object_store_bytes, vllm_rows
+from cluster.object_store import is_url
 from cluster.plan_layout import Layout, device_need, gigabytes
 from cluster.plan_remedies import FULL_SHARE, remedy
 
@@ -113,12 +114,12 @@ def _habits(layout: Layout) -> Iterator[Problem]:
             message="policy.dtype is bfloat16 on a CPU, whose products are many times slower than float32's where it "
             "has no AVX-512; set policy.dtype=float32",
         )
-    if len(layout.hardware.nodes) > 1 and not config.run.dir.startswith("/"):
+    if len(layout.hardware.nodes) > 1 and not (config.run.dir.startswith("/") or is_url(config.run.dir)):
         yield Problem(
             level="warn",
             about="run",
-            message=f"run.dir must be a directory that all {len(layout.hardware.nodes)} nodes mount, got the relative "
-            f"{config.run.dir!r}; set an absolute path (and CONCORD_CACHE)",
+            message=f"run.dir must be a URL or a directory that all {len(layout.hardware.nodes)} nodes mount, got the "
+            f"relative {config.run.dir!r}; set an absolute path (and CONCORD_CACHE)",
         )
     gang = layout.fits[0]
     num_nodes = len(set(gang.nodes))

@@ -7,7 +7,6 @@ script that the page's policy lets run.
 
 import html
 import json
-import os
 import time
 from collections.abc import Sequence
 from importlib.resources import files
@@ -20,6 +19,7 @@ import yaml
 
 from cluster.charts import Chart, Columns, charts_of, draw
 from cluster.metrics import read_journal
+from cluster.remote_storage import open_storage
 from cluster.report_parts import policy, render_browser, render_ledger, render_timeline
 from cluster.sample_browser import MAX_SAMPLES, browser_data
 from cluster.samples import render_samples
@@ -36,7 +36,7 @@ def build_report(run_dir: str) -> str:
     Raises:
         ValueError: when nothing has been measured yet.
     """
-    storage = RunStorage(run_dir)
+    storage = open_storage(run_dir)
     config_text = storage.read_text("config.yaml")
     config = yaml.safe_load(config_text)
     columns = _read_metrics(storage)
@@ -47,7 +47,7 @@ def build_report(run_dir: str) -> str:
     browser, script = render_browser(browser_data(storage, weights), limit=MAX_SAMPLES)
     page = Template(files("cluster").joinpath("report_page.html").read_text(encoding="utf-8"))
     text = page.substitute(
-        title=html.escape(os.path.basename(storage.directory)),
+        title=html.escape(storage.name),
         subtitle=_subtitle(config, columns),
         tiles="\n".join(_tiles(columns)),
         missing=_missing(charts, columns),
@@ -62,7 +62,7 @@ def build_report(run_dir: str) -> str:
         config=html.escape(config_text),
     )
     storage.write_text(text, "report.html")
-    return storage.path("report.html")
+    return storage.shown("report.html")
 
 
 def _read_metrics(storage: RunStorage) -> dict[str, np.ndarray]:
@@ -75,14 +75,13 @@ def _read_metrics(storage: RunStorage) -> dict[str, np.ndarray]:
     else:
         table = pa.table({})
     if not table.num_rows:
-        raise ValueError(f"{storage.directory} must hold at least one step to report on, and has none; train first")
+        raise ValueError(f"{storage.shown()} must hold at least one step to report on, and has none; train first")
     return {name: np.array(table[name].to_pylist(), dtype=np.float64) for name in table.column_names}
 
 
 def _evaluations(storage: RunStorage) -> tuple[pa.Table | None, pa.Table | None]:
     """Return the first and the last evaluation's responses; None where there are fewer than two."""
-    root = os.path.join(storage.directory, "evaluation")
-    names = os.listdir(root) if os.path.isdir(root) else []
+    names = storage.names("evaluation")
     steps = sorted(int(name[5:-8]) for name in names if name.startswith("step-") and name.endswith(".parquet"))
     if len(steps) < 2:
         return None, None

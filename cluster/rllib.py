@@ -226,7 +226,7 @@ class RLHF(Algorithm):
         """Save the run at the end of its last step, and return where its state is."""
         run = self._open_run
         run.save()
-        return {"run_dir": run.storage.directory, "step": run.step}
+        return {"run_dir": run.storage.shown(), "step": run.step}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Check that this is the run that was saved: it has already continued from its own newest checkpoint.
@@ -235,9 +235,9 @@ class RLHF(Algorithm):
             ValueError: when it is another run.
         """
         run = self._open_run
-        if state["run_dir"] != run.storage.directory:
+        if state["run_dir"] != run.storage.shown():
             raise ValueError(
-                f"the run to restore must be in {state['run_dir']}, got run.dir {run.storage.directory}; "
+                f"the run to restore must be in {state['run_dir']}, got run.dir {run.storage.shown()}; "
                 "use RLHF.from_checkpoint, and no scheduler of Tune that copies trials (PBT)"
             )
         self._iteration = run.step  # which Tune has just set to that of its own checkpoint

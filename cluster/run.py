@@ -1,7 +1,6 @@
 """A training run: a session with a directory of its own, and the verbs of the loop (`loop.py`)."""
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -25,6 +24,7 @@ from cluster.recovery import StepResult
 from cluster.redo import RedoError
 from cluster.session import STATE_FILE, Session
 from cluster.status import LEDGER_FILE
+from cluster.storage import StorageError
 from cluster.timeline import Phase
 from cluster.trackers import TensorBoard, Trackers, make_tracker
 from cluster.usage import learner_idle
@@ -181,7 +181,7 @@ class Run(Session):
         """
         self._finish_checkpoint()
         self._save()
-        self.learner.export(self.storage.path("policy"))
+        self.learner.export(self.storage.address("policy"))
         self._save()  # once more where ranks that died over the export found it damaged
 
     def save(self) -> None:
@@ -261,6 +261,7 @@ class Run(Session):
             "num_failed_ledger_writes": self._store.num_failed_writes,
             "num_lost_ledger_transitions": self._store.num_lost,
             "num_failed_trackers": self._trackers.num_failed,
+            **self.storage.fault_counts(),
         }
 
     def _begin_checkpoint(self) -> None:
@@ -318,7 +319,7 @@ class Run(Session):
         self._counts = self.pipeline.counts()
         self._state = self.pipeline.state_dict()
         self._trackers.add(TensorBoard(self.storage.path("tensorboard", "."), last_step=self.step))
-        self._trackers.add(RayGauges(os.path.basename(self.storage.directory), list(self.config.reward.components)))
+        self._trackers.add(RayGauges(self.storage.name, list(self.config.reward.components)))
         self.recorder = Recorder(self.storage, last_step=self.step, trackers=self._trackers)
         self._exit.callback(self._close_records)
         self.stop = self._exit.enter_context(StopRequest())  # Ray has put handlers of its own there before
@@ -359,7 +360,7 @@ class Run(Session):
         try:
             self.recorder.close()
             self.storage.write_text(json.dumps(summary, indent=1), "summary.json")
-        except OSError as error:
+        except (OSError, StorageError) as error:
             self.display.say(f"metrics.parquet or summary.json could not be brought up to date: {error}")
         for row in quarantined:
             self.display.say(f"quarantined {row.file}:{row.line}: {row.reason}")

@@ -4,7 +4,6 @@ The page gets them as data, one JSON object; `report_browser.js` makes text of t
 """
 
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -74,8 +73,7 @@ def _sources(storage: RunStorage) -> Iterator[_Source]:
 
 
 def _steps(storage: RunStorage, directory: str) -> list[int]:
-    root = os.path.join(storage.directory, directory)
-    names = os.listdir(root) if os.path.isdir(root) else []
+    names = storage.names(directory)
     return sorted(int(found[1]) for name in names if (found := re.fullmatch(r"step-(\d+)\.parquet", name)))
 
 

@@ -35,8 +35,9 @@ from cluster.processes import ProcessStatus
 from cluster.progress import Display
 from cluster.recovery import RecoveringLearner
 from cluster.redo import RedoLog
+from cluster.remote_storage import open_storage
 from cluster.start import prepare_policy, train_start
-from cluster.storage import RunStorage, StorageError
+from cluster.storage import StorageError
 from cluster.transport import ObjectStoreTransport
 from learner.controller import StepController
 from reward.config import ComponentConfig, RewardConfig
@@ -55,6 +56,8 @@ class Session:
     learner: RecoveringLearner
     held_out: list[DrawnPrompt]
     _model_dir: str
+    _sent_model: Any
+    """The same for processes on any host."""
     _published: Weights | None = None
     _turn: str = ""
     _stream_members: tuple[str | int, ...] = ()
@@ -65,7 +68,7 @@ class Session:
     def __init__(self, config: RunConfig, *, display: Display | None = None) -> None:
         self.config = config
         self.display = display or Display()
-        self.storage = RunStorage(config.run.dir)
+        self.storage = open_storage(config.run.dir)
         self.step = 0
         """The last step that is done."""
         self.redo = RedoLog(self.storage)
@@ -173,6 +176,7 @@ class Session:
         self.step = checkpoint[0] if checkpoint else 0
         with self.display.phase("preparing the policy"):
             self._model_dir = self._starting_model(placement, checkpoint)
+            self._sent_model = self.storage.model_for_workers(self._model_dir)
         prompts = self._read_prompts()
         with self.display.phase("starting workers"):
             self._start_processes(placement, prompts)
@@ -196,7 +200,7 @@ class Session:
     def _begin_without_checkpoint(self) -> None:
         """Decide what to do where every checkpoint is damaged."""
         raise StorageError(
-            f"{self.storage.directory} must hold a whole checkpoint, and all it has are damaged; continue its training "
+            f"{self.storage.shown()} must hold a whole checkpoint, and all it has are damaged; continue its training "
             "with `concord train`, which learns the steps in rollouts/ again"
         )
 
@@ -209,8 +213,11 @@ class Session:
         return count()
 
     def _starting_model(self, placement: Placement, checkpoint: tuple[int, str] | None) -> str:
+        kept = self.storage.starting_model()
+        if kept is not None:
+            return kept
         if checkpoint is not None:
-            directory: str = self._read_state(checkpoint[0])["model_dir"]
+            directory: str = self._read_state(checkpoint[1])["model_dir"]
             if os.path.isdir(directory):
                 return directory
         return prepare_policy(
@@ -250,9 +257,9 @@ class Session:
 
     def _start_processes(self, placement: Placement, prompts: PromptSource) -> None:
         config, transport = self.config, ObjectStoreTransport()
-        name = os.path.basename(self.storage.directory)
+        name = self.storage.name
         rollout_arguments = {
-            "model_dir": self._model_dir,
+            "model_dir": self._sent_model,
             "policy": config.policy,
             "rollouts": config.rollouts,
             "transport": transport,
@@ -268,7 +275,7 @@ class Session:
         reward_arguments = {
             "reward": _with_absolute_paths(config.reward),
             "policy": config.policy,
-            "policy_dir": self._model_dir,
+            "policy_dir": self._sent_model,
             "has_reference": config.algorithm.reference.mode != "base",  # the learner has it already
             "temperature": config.rollouts.temperature,
             "device": placement.reward.device,
@@ -312,7 +319,7 @@ class Session:
         """Keep a place for the ranks before workers take one, as theirs is the hardest to find."""
         starter = LearnerStarter(
             self.config,
-            model_dir=self._model_dir,
+            model_dir=self._sent_model,
             processes=placement.learner,
             guests=placement.rollout if placement.shares_gpus else None,
             transport=transport,
@@ -357,18 +364,19 @@ class Session:
         self.learner.wait_ready()
 
     def _restore(self, step: int, directory: str) -> None:
-        if not os.path.isdir(directory):  # a rank died while it was started, and recovery looked at the checkpoints
+        # A rank may have died while it was started, and recovery have looked at the checkpoints.
+        if not self.storage.exists(directory, STATE_FILE):
             raise StorageError(
-                f"{directory} must stay whole while the run starts, and was set aside as damaged; continue the run "
-                "with the same command, which uses an older checkpoint"
+                f"{self.storage.shown(directory)} must stay whole while the run starts, and was set aside as damaged; "
+                "continue the run with the same command, which uses an older checkpoint"
             )
-        state = self._read_state(step)  # first: while ranks are restored, the checkpoint may be set aside as damaged
+        state = self._read_state(directory)  # first: while ranks are restored, it may be set aside as damaged
         self.learner.restore(step, directory)
         self.pipeline.load_state_dict(state["pipeline"])
         self.display.say(f"continuing after step {self.step}")
 
-    def _read_state(self, step: int) -> dict[str, Any]:
-        state: dict[str, Any] = json.loads(self.storage.read_text("checkpoints", f"step-{step}", STATE_FILE))
+    def _read_state(self, checkpoint: str) -> dict[str, Any]:
+        state: dict[str, Any] = json.loads(self.storage.read_text(checkpoint, STATE_FILE))
         return state
 
 

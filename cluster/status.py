@@ -15,11 +15,11 @@ from typing import Any
 import pyarrow.parquet as pq
 import yaml
 
-from cluster.claim import holder
 from cluster.ledger import FINAL, GroupState
 from cluster.ledger_history import Event, InFlight, LedgerHistory, reading
 from cluster.metrics import FAULTS, IDLE, RESIDENT, read_journal
-from cluster.processes import ProcessStatus, read_processes
+from cluster.processes import PROCESSES_FILE, ProcessStatus, read_processes
+from cluster.remote_storage import open_storage
 from cluster.storage import RunStorage, StorageError
 
 LEDGER_FILE = "ledger.sqlite"
@@ -106,7 +106,7 @@ def run_status(run_dir: str, *, now: float) -> RunStatus:
         run_dir: its directory.
         now: Unix time, seconds.
     """
-    storage = RunStorage(run_dir)
+    storage = open_storage(run_dir)
     rows = _metrics(storage)
     last = rows[-1] if rows else {}
     steps = storage.checkpoints()
@@ -114,12 +114,12 @@ def run_status(run_dir: str, *, now: float) -> RunStatus:
     logged = _logged_steps(storage)
     ledger = _ledger(storage, rows, checkpoint, logged, now=now)
     return RunStatus(
-        directory=storage.directory,
-        process=holder(storage),
+        directory=storage.shown(),
+        process=storage.holder(),
         step=int(last.get("step", 0)),
         num_steps=yaml.safe_load(storage.read_text("config.yaml"))["run"]["num_steps"],
         checkpoint=checkpoint,
-        damaged_checkpoints=tuple(name for name in _names(storage, "checkpoints") if name.endswith(".damaged")),
+        damaged_checkpoints=tuple(storage.damaged_checkpoints()),
         logged_steps=(logged[0], logged[-1]) if logged else (),
         groups=ledger.counts,
         is_conserved=ledger.counts.is_conserved,
@@ -139,8 +139,9 @@ def run_status(run_dir: str, *, now: float) -> RunStatus:
 
 def _processes(storage: RunStorage) -> tuple[ProcessStatus, ...]:
     """Return the newest view of a run that works; one that has ended has left its last."""
-    found = read_processes(storage.directory) if holder(storage) else None
-    return found or ()
+    if storage.holder() is None:
+        return ()
+    return read_processes(os.path.dirname(storage.path(PROCESSES_FILE))) or ()
 
 
 def _named(row: dict[str, Any], prefix: str) -> dict[str, float]:
@@ -164,7 +165,7 @@ class _Ledger:
 def _ledger(
     storage: RunStorage, rows: Sequence[dict[str, Any]], checkpoint: int | None, logged: Sequence[int], *, now: float
 ) -> _Ledger:
-    path = os.path.join(storage.directory, LEDGER_FILE)
+    path = storage.path(LEDGER_FILE)
     last = rows[-1] if rows else {}
     measured = _measured(last, next((row for row in rows if row["step"] == checkpoint), None))
     if os.path.isfile(path):
@@ -242,7 +243,7 @@ def _batched(storage: RunStorage, steps: Iterable[int]) -> tuple[GroupStatus, ..
 
 
 def _logged_leases(storage: RunStorage, step: int) -> dict[str, int]:
-    path = os.path.join(storage.directory, "rollouts", f"step-{step}.parquet")
+    path = storage.path("rollouts", f"step-{step}.parquet")
     table = pq.read_table(path, columns=["group_id", "lease_id"])
     return dict(zip(table["group_id"].to_pylist(), table["lease_id"].to_pylist(), strict=True))
 
@@ -255,8 +256,7 @@ def _measured(row: dict[str, Any], saved: dict[str, Any] | None) -> GroupCounts:
 
 
 def _saved_reasons(storage: RunStorage, checkpoint: int | None) -> dict[str, int]:
-    parts = ("checkpoints", f"step-{checkpoint}", "run.json")
-    if checkpoint is None or not storage.exists(*parts):
+    if checkpoint is None or not storage.exists(*(parts := (storage.checkpoint(checkpoint), "run.json"))):
         return {}
     reasons: dict[str, int] = json.loads(storage.read_text(*parts))["pipeline"]["ledger"]["reasons"]
     return reasons
@@ -281,13 +281,8 @@ def _summary(storage: RunStorage) -> dict[str, Any]:
 
 
 def _logged_steps(storage: RunStorage) -> tuple[int, ...]:
-    found = (re.fullmatch(r"step-(\d+)\.parquet", name) for name in _names(storage, "rollouts"))
+    found = (re.fullmatch(r"step-(\d+)\.parquet", name) for name in storage.names("rollouts"))
     return tuple(sorted(int(match.group(1)) for match in found if match))
-
-
-def _names(storage: RunStorage, directory: str) -> list[str]:
-    path = os.path.join(storage.directory, directory)
-    return sorted(os.listdir(path)) if os.path.isdir(path) else []
 
 
 def weights_of(event: Event) -> str | None:

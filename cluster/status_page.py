@@ -16,8 +16,8 @@ from rich.text import Text
 from cluster.config import ConfigError
 from cluster.ledger import GroupState
 from cluster.ledger_history import Event, LedgerHistory, reading
+from cluster.remote_storage import open_storage
 from cluster.status import LEDGER_FILE, MAX_SHOWN, RunStatus, weights_of
-from cluster.storage import RunStorage
 
 MAX_PROCESSES_SHOWN = 40
 """Processes in the table; `--json` has all."""
@@ -68,11 +68,11 @@ def render_history(run_dir: str, name: str) -> RenderableType:
     Raises:
         ConfigError: when the run knows no such prompt or group, or keeps no history.
     """
-    storage = RunStorage(run_dir)
-    path = os.path.join(storage.directory, LEDGER_FILE)
+    storage = open_storage(run_dir)
+    path = storage.path(LEDGER_FILE)
     if not os.path.isfile(path):
         raise ConfigError(
-            f"{run_dir} must hold {LEDGER_FILE} to explain a group, and does not; `concord status` needs none"
+            f"{storage.shown()} must hold {LEDGER_FILE} to explain a group, and does not; `concord status` needs none"
         )
     steps = storage.checkpoints()
     with reading(path) as history:

@@ -25,17 +25,20 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from actors.faults import fault
 from cluster.checkpoints import MANIFEST, damage_of, files_of, manifest_of, name_of, step_of
+from cluster.lock import FileLock, Lock, lock_holder
 
 logger = logging.getLogger(__name__)
 
-_CHECKPOINTS = "checkpoints"
-_TEMPORARY = re.compile(r".+\.\d+-\d+\.tmp")
+CHECKPOINTS = "checkpoints"
+_LOCK = ".lock"
+TEMPORARY = re.compile(r".+\.\d+-\d+\.tmp")
 
 
 class StorageError(RuntimeError):
@@ -124,6 +127,31 @@ class RunStorage:
         self._begun: dict[int, str] = {}  # step -> the directory in which its checkpoint is made
         self._numbers = itertools.count()  # of temporary names
 
+    @property
+    def name(self) -> str:
+        """The run's: the last part of where it is."""
+        return os.path.basename(self.directory)
+
+    def address(self, *parts: str) -> str:
+        """Return where something is, for processes on any host."""
+        return os.path.join(self.directory, *parts)
+
+    def shown(self, *parts: str) -> str:
+        """Return where something is, for people."""
+        return self.address(*parts)
+
+    def lock(self) -> Lock:
+        """Keep all other processes from writing here until the lock is closed.
+
+        Raises:
+            TakenError: when another process has it.
+        """
+        return FileLock(self.path(_LOCK))
+
+    def holder(self) -> str | None:
+        """Return the process that has the lock; None where nobody has."""
+        return lock_holder(self.path(_LOCK)) if self.exists(_LOCK) else None
+
     def open_for_writing(self, say: Callable[[str], None]) -> None:
         """Clear away what a crash left; only for the process that has claimed the directory.
 
@@ -136,9 +164,12 @@ class RunStorage:
 
     def path(self, *parts: str) -> str:
         """Return a path inside the run directory, its parent made."""
+        return self._place(*parts)
+
+    def names(self, *parts: str) -> list[str]:
+        """Return the names in a directory, in order; none where there is no such directory."""
         path = os.path.join(self.directory, *parts)
-        self._disk.make_directory(os.path.dirname(path))
-        return path
+        return sorted(os.listdir(path)) if os.path.isdir(path) else []
 
     def exists(self, *parts: str) -> bool:
         """Return whether something lies there."""
@@ -146,7 +177,7 @@ class RunStorage:
 
     def write_text(self, text: str, *parts: str) -> None:
         """Write a text file, whole or not at all."""
-        self._replace(self.path(*parts), text.encode())
+        self._replace(self._place(*parts), text.encode())
 
     def append_text(self, text: str, *parts: str) -> None:
         """Add to a text file's end; what fails leaves it as it was, only a crash may leave part of the text."""
@@ -172,7 +203,7 @@ class RunStorage:
         settings = {"use_dictionary": False, "compression": "zstd"}
         with pq.ParquetWriter(content, table.schema, write_page_checksum=True, **settings) as writer:
             writer.write_table(table)
-        self._replace(self.path(*parts), content.getvalue())
+        self._replace(self._place(*parts), content.getvalue())
 
     def read_table(self, *parts: str) -> pa.Table:
         """Return a Parquet file's table, `schema.metadata` as it was written."""
@@ -182,11 +213,30 @@ class RunStorage:
         """Delete what lies there, if anything does."""
         self._disk.remove(os.path.join(self.directory, *parts))
 
+    def fault_counts(self) -> dict[str, int]:
+        """Return counters of what went wrong here and ended nothing."""
+        return {}
+
+    def starting_model(self) -> str | None:
+        """Return where the model that the run began with is kept; None where it is not."""
+        return None
+
+    def model_for_workers(self, model_dir: str) -> Any:
+        """Return a model directory as it is handed to processes on any host."""
+        return model_dir
+
     def checkpoints(self) -> list[int]:
         """Return the steps that have a committed checkpoint, ascending; it may be damaged since."""
-        root = os.path.join(self.directory, _CHECKPOINTS)
-        steps = [step_of(name) for name in (os.listdir(root) if os.path.isdir(root) else [])]
+        steps = [step_of(name) for name in self.names(CHECKPOINTS)]
         return sorted(step for step in steps if step is not None)
+
+    def damaged_checkpoints(self) -> list[str]:
+        """Return the names of checkpoints that were set aside."""
+        return [name for name in self.names(CHECKPOINTS) if name.endswith(".damaged")]
+
+    def checkpoint(self, step: int) -> str:
+        """Return the directory of a step's committed checkpoint."""
+        return os.path.join(self.directory, CHECKPOINTS, name_of(step))
 
     def newest_checkpoint(self) -> tuple[int, str] | None:
         """Return step and directory of the newest whole checkpoint, None where there is none.
@@ -194,7 +244,7 @@ class RunStorage:
         A damaged one is said and left out; the process that writes the directory renames it `step-N.damaged`.
         """
         for step in reversed(self.checkpoints()):
-            directory = self._checkpoint(step)
+            directory = self.checkpoint(step)
             damage = damage_of(directory)
             if damage is None:
                 return step, directory
@@ -207,7 +257,7 @@ class RunStorage:
     def begin_checkpoint(self, step: int) -> str:
         """Return a new directory to write a checkpoint's files into; one begun before for the step is abandoned."""
         self.abandon_checkpoint(step)
-        self._begun[step] = self._temporary_name(self.path(_CHECKPOINTS, name_of(step)))
+        self._begun[step] = self._temporary_name(self.path(CHECKPOINTS, name_of(step)))
         self._disk.make_directory(self._begun[step])
         return self._begun[step]
 
@@ -223,12 +273,12 @@ class RunStorage:
             OSError: when the disk does not take it; `abandon_checkpoint` clears up.
         """
         assert step in self._begun, f"checkpoint {step} must be begun before it is committed"
-        directory, final = self._begun[step], self._checkpoint(step)
+        directory, final = self._begun[step], self.checkpoint(step)
         missing = sorted(set(files) - set(files_of(directory)))
         if missing:
             raise StorageError(
                 f"{directory} must hold all files of the ranks, and lacks {missing}; "
-                "choose a run.dir on a file system that all nodes share"
+                "choose a run.dir on a file system that all nodes share, or in an object store"
             )
         if os.path.exists(final) and damage_of(final) is None:
             self.abandon_checkpoint(step)
@@ -251,12 +301,14 @@ class RunStorage:
         """Delete all but the newest `count` checkpoints."""
         assert count > 0, f"at least one checkpoint must be kept, got {count}"
         for step in self.checkpoints()[:-count]:
-            doomed = self._temporary_name(self._checkpoint(step))
-            self._disk.rename(self._checkpoint(step), doomed)  # never seen half deleted
+            doomed = self._temporary_name(self.checkpoint(step))
+            self._disk.rename(self.checkpoint(step), doomed)  # never seen half deleted
             self._disk.remove(doomed)
 
-    def _checkpoint(self, step: int) -> str:
-        return os.path.join(self.directory, _CHECKPOINTS, name_of(step))
+    def _place(self, *parts: str) -> str:
+        path = os.path.join(self.directory, *parts)
+        self._disk.make_directory(os.path.dirname(path))
+        return path
 
     def _seal(self, directory: str) -> None:
         """Make a directory's files last, then the manifest that says so."""
@@ -281,7 +333,7 @@ class RunStorage:
 
     def _leftovers(self) -> Iterator[str]:
         for root, directories, files in os.walk(self.directory):
-            found = [name for name in (*directories, *files) if _TEMPORARY.fullmatch(name)]
+            found = [name for name in (*directories, *files) if TEMPORARY.fullmatch(name)]
             # a committed checkpoint stays as its manifest says
             directories[:] = [name for name in directories if name not in found and step_of(name) is None]
             yield from (os.path.join(root, name) for name in sorted(found))

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.config import ConfigError, RunConfig
 from cluster.hardware import Hardware, node_of
+from cluster.object_store import is_url
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -157,7 +158,7 @@ def submit(
             f"CONFIG.yaml must lie in the working directory, which is what the job gets, and {path} does not; change "
             "to its directory, or copy it here"
         )
-    run_dir = os.path.normpath(config.run.dir)
+    run_dir = config.run.dir.rstrip("/") if is_url(config.run.dir) else os.path.normpath(config.run.dir)
     before = [job for job in list_jobs(client) if job.run_dir == run_dir]
     working = [job for job in before if not job.is_over]
     if working:

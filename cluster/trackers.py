@@ -146,7 +146,7 @@ class MLflow:
     @staticmethod
     def default_uri(storage: RunStorage) -> str:
         """Return where it keeps its files unless it is told otherwise: in the run directory."""
-        return f"sqlite:///{storage.directory}/mlflow.db"
+        return f"sqlite:///{storage.path('mlflow.db')}"
 
     def record(self, step: int, values: Mapping[str, float], processes: Mapping[str, float]) -> None:
         """Log one step's figures in one call."""

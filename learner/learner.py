@@ -78,6 +78,7 @@ class LearnerRank:
         max_staleness: int = 0,
         bucket_bytes: int = DEFAULT_BUCKET_BYTES,
         sends_delta: bool = False,
+        write_state: state.WriteShare = state.write,
     ) -> None:
         assert world_size == learner.num_ranks, f"the gang has {world_size} ranks, its config {learner.num_ranks}"
         if num_threads > 0:
@@ -110,7 +111,7 @@ class LearnerRank:
             records_are_old=self._records_are_old,
             kept_bytes=learner.first_epoch_bytes,
         )
-        self._saver = state.Saver()
+        self._saver = state.Saver(write_state)
 
     def __repr__(self) -> str:
         """Say what is here, for process lists such as Ray's dashboard."""

@@ -11,7 +11,7 @@ syncs the files it writes; temporary names and hashes are the run storage's.
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -104,10 +104,18 @@ def write(share: Share, directory: str) -> list[str]:
     return [name, INDEX]
 
 
-class Saver:
-    """Writes one share at a time, on a thread of its own."""
+WriteShare = Callable[[Share, str], list[str]]
 
-    def __init__(self) -> None:
+
+class Saver:
+    """Writes one share at a time, on a thread of its own.
+
+    Args:
+        write_share: does it, as `write`.
+    """
+
+    def __init__(self, write_share: WriteShare = write) -> None:
+        self._write = write_share
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="learner-state")
         self._saving: Future[list[str]] | None = None
 
@@ -119,7 +127,7 @@ class Saver:
         """
         if self._saving is not None:
             raise StateError(f"a save must be finished before the next is begun ({directory}); call finish_save")
-        self._saving = self._executor.submit(write, gather(engines), directory)
+        self._saving = self._executor.submit(self._write, gather(engines), directory)
 
     def finish(self) -> list[str]:
         """Wait for the writing; return the names of the files that this rank wrote.

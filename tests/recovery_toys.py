@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from actors.weights import Publication
+from cluster.deliveries import delivered, fetched
 from cluster.incarnations import DurableIncarnations
 from cluster.pipeline import Batch
 from cluster.ranks import GangError
@@ -98,14 +99,14 @@ class FakeGang:
     def finish_save(self):
         self._alive("write")
         directory, text = self.saving
-        with open(os.path.join(directory, "weights.json"), "w") as file:
+        with delivered(directory, has_hashes=True) as local, open(os.path.join(local, "weights.json"), "w") as file:
             file.write(text)
         self.saving = None
         return ["weights.json"]
 
     def load(self, directory):
         self._alive("load")
-        with open(os.path.join(directory, "weights.json")) as file:
+        with open(os.path.join(fetched(directory), "weights.json")) as file:
             self.weights = json.load(file)
 
     def export(self, directory):
@@ -182,9 +183,9 @@ def learner_on(script, storage, *, learner_type=RecoveringLearner, max_restarts=
     )
 
 
-def train(directory, script, *, until=NUM_STEPS, every=2, **options):
+def train(directory, script, *, until=NUM_STEPS, every=2, storage=None, **options):
     """The loop's calls, in the loop's order; the weights are those of the last gang."""
-    storage = RunStorage(str(directory))
+    storage = storage or RunStorage(str(directory))
     storage.open_for_writing(lambda text: None)
     said = []
     learner = learner_on(script, storage, say=said.append, **options)

@@ -71,11 +71,11 @@ def test_every_damage_is_noticed_said_and_the_checkpoint_before_used(tmp_path):
 @pytest.mark.parametrize("bug", ["sizes only", "manifest as it comes"])
 def test_planted_bugs_miss_damage(tmp_path, monkeypatch, bug):
     if bug == "sizes only":
-        monkeypatch.setattr(cluster.checkpoints, "_sha256", lambda path: str(os.path.getsize(path)))
+        monkeypatch.setattr(cluster.checkpoints, "sha256_of", lambda path: str(os.path.getsize(path)))
     for step in (4, 6):
         attempt(RunStorage(str(tmp_path)), step)
     if bug == "manifest as it comes":
-        monkeypatch.setattr(cluster.checkpoints, "_read_manifest", lambda path: json.loads(Path(path).read_text()))
+        monkeypatch.setattr(cluster.checkpoints, "parse_manifest", json.loads)
     assert undetected(tmp_path)[0]
 
 

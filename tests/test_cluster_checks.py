@@ -50,7 +50,9 @@ def test_a_good_configuration_passes(raw):
             {"prompts": {"make": {"function": "rules_for_checks:write", "arguments": {"sed": 3}}}},
             "prompts.make.arguments.sed is not an argument; write has seed",
         ),
-        ({"run": {"dir": "s3://bucket/x", "num_steps": 1}}, "run.dir must be a local path"),
+        ({"run": {"dir": "s4://u:secret@bucket/x", "num_steps": 1}}, "that fsspec knows, such as s3://bucket/runs/x"),
+        ({"run": {"dir": "memory://x", "num_steps": 1}}, "run.dir must be where all processes see it"),
+        ({"run": {"dir": "wandb://x", "num_steps": 1}}, "needs wandbfs; pip install wandbfs"),
         ({"run": {"dir": "prompts.jsonl", "num_steps": 1}}, "run.dir must be a directory"),
     ],
 )
@@ -58,6 +60,7 @@ def test_what_does_not_exist_is_named(raw, change, expected):
     with pytest.raises(ConfigError) as caught:
         _check(raw | change)
     assert expected in str(caught.value)
+    assert "secret" not in str(caught.value)
 
 
 def test_a_start_that_does_not_exist_or_validate(raw, tmp_path):

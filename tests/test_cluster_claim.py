@@ -4,8 +4,8 @@ import threading
 
 import pytest
 
-from cluster import claim as claim_module
-from cluster.claim import OPERATIONAL, _flat, claim, holder, learning_changes
+from cluster import lock as lock_module
+from cluster.claim import OPERATIONAL, _flat, claim, learning_changes
 from cluster.config import ConfigError
 from cluster.storage import RunStorage
 from tests.run_toys import minimal_config
@@ -44,11 +44,11 @@ def test_a_begun_run_goes_on_with_other_resources_but_not_with_other_learning(tm
 
 def test_the_holder_is_the_process_that_has_the_directory(tmp_path):
     storage = RunStorage(str(tmp_path))
-    assert holder(storage) is None
+    assert storage.holder() is None
     lock = claim(storage, _config(tmp_path))
-    assert holder(storage) == str(os.getpid())
+    assert storage.holder() == str(os.getpid())
     lock.close()
-    assert holder(storage) is None, "also where the file is still there"
+    assert storage.holder() is None, "also where the file is still there"
 
 
 def test_asking_for_the_holder_does_not_refuse_a_run_that_starts(tmp_path):
@@ -66,7 +66,7 @@ def test_asking_for_the_holder_does_not_refuse_a_run_that_starts(tmp_path):
 
 def test_a_claim_that_tries_once_is_caught(tmp_path, monkeypatch):
     """Planted bug: the run is refused because somebody looked."""
-    monkeypatch.setattr(claim_module, "_NUM_TRIES", 1)
+    monkeypatch.setattr(lock_module, "_NUM_TRIES", 1)
     with pytest.raises(ConfigError, match="must belong to one process"):
         test_asking_for_the_holder_does_not_refuse_a_run_that_starts(tmp_path)
 

@@ -117,7 +117,7 @@ def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(tmp_path, monke
     def refuse(path):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
 
-    monkeypatch.setattr("cluster.checkpoints._sha256", refuse)
+    monkeypatch.setattr("cluster.checkpoints.sha256_of", refuse)
     with pytest.raises(PermissionError):
         storage.newest_checkpoint()
 
