@@ -21,6 +21,7 @@ from cluster.config import RunConfig
 from cluster.findings import Finding
 from cluster.hardware import main_memory
 from cluster.memory_plan import checkpoint_bytes
+from cluster.object_store import is_url
 from cluster.plan import read_sizes
 
 _COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}
@@ -111,10 +112,14 @@ def _machine(config: RunConfig | None, *, is_cluster: bool) -> Iterator[Finding]
 def _disks(config: RunConfig | None) -> Iterator[Finding]:
     run_bytes = _run_bytes(config) if config is not None else 0
     directory = config.run.dir if config is not None else "."
+    cache_bytes, kept = 0, "models"
+    disks = [("run.dir", directory, run_bytes, "the run's checkpoints and policy")]
+    if is_url(directory):
+        disks, cache_bytes, kept = [], run_bytes, "models, and checkpoints on their way"
     ray_directory = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
     for about, path, needed, what in (
-        ("run.dir", directory, run_bytes, "the run's checkpoints and policy"),
-        ("CONCORD_CACHE", cache_directory(), 0, "models"),
+        *disks,
+        ("CONCORD_CACHE", cache_directory(), cache_bytes, kept),
         ("Ray", ray_directory, 0, "logs and objects"),
     ):
         yield from machine.check_disk(machine.look_at_disk(about, path), needed=needed, what=what)
@@ -132,6 +137,8 @@ def _run_bytes(config: RunConfig) -> int:
 
 def _paths(config: RunConfig, *, address: str | None, is_cluster: bool) -> Iterator[Finding]:
     places = paths.places_of(config)
+    if is_url(config.run.dir):
+        yield from paths.check_object_store(config.run.dir)
     yield from paths.check_hub(config, os.environ)
     if address is not None:
         yield from paths.check_seen(places, paths.ask_nodes(address, places))

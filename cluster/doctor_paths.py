@@ -5,15 +5,18 @@ where there is one and it is not asked, the kind of file system tells whether a 
 """
 
 import os
+import time
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from actors.cache import cache_directory
+from cluster.checks import check_store
 from cluster.config import ConfigError, RunConfig
 from cluster.findings import Finding
 from cluster.model_config import find_directory
+from cluster.object_store import ObjectStore, is_url
 
 _SHARED = frozenset(
     [
@@ -53,8 +56,10 @@ class Place:
 
 def places_of(config: RunConfig) -> list[Place]:
     """Return the local paths that a run's workers need; models by hub name are not paths."""
-    places = [Place(setting="run.dir", path=config.run.dir, is_written=True)]
-    places.append(Place(setting="CONCORD_CACHE", path=cache_directory(), is_written=True))
+    places = []
+    if not is_url(config.run.dir):  # with a URL, each host has a cache of its own
+        places.append(Place(setting="run.dir", path=config.run.dir, is_written=True))
+        places.append(Place(setting="CONCORD_CACHE", path=cache_directory(), is_written=True))
     if isinstance(config.policy.model, str):
         places.append(Place(setting="policy.model", path=config.policy.model, is_written=False))
     for name, component in config.reward.components.items():
@@ -77,6 +82,32 @@ def check_hub(config: RunConfig, environment: Mapping[str, str]) -> Iterator[Fin
                 + (", and HF_HUB_OFFLINE is set" if offline else ", and is downloaded first"),
                 remedy="download it on every node, or name a directory that all nodes mount",
             )
+
+
+def check_object_store(url: str) -> Iterator[Finding]:
+    """Yield whether this machine can write below a URL: it puts an object there and deletes it."""
+    for problem in check_store(url):
+        found, _, remedy = problem.partition(";")
+        yield Finding(level="fail", about="run.dir", found=found, remedy=remedy.strip() or "name another URL")
+        return
+    key, started = f".concord-doctor-{uuid.uuid4().hex}", time.monotonic()
+    store = ObjectStore(url)
+    try:
+        store.write(key, b"")
+        store.delete(key)
+    except OSError as error:
+        yield Finding(
+            level="fail",
+            about="run.dir",
+            found=f"nothing can be written there: {error}",
+            remedy="look at the store's credentials in the environment (S3: AWS_PROFILE or AWS_ACCESS_KEY_ID, ...), "
+            "and at the bucket's name and region",
+        )
+    else:
+        took = time.monotonic() - started
+        yield Finding(
+            level="ok", about="run.dir", found=f"{store.shown()} takes and deletes an object in {took:.2f} s"
+        )
 
 
 def check_local(places: list[Place]) -> Iterator[Finding]:

@@ -20,19 +20,21 @@ import atexit
 import hashlib
 import os
 import secrets
-import sqlite3
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import pyarrow as pa
 
+from actors.cache import build_once
 from cluster.checkpoints import MANIFEST, name_of, parse_manifest, render_manifest, step_of
 from cluster.deliveries import HASHES, OnEachHost, attempt_of, bring, fetched, scratch
 from cluster.object_store import ObjectStore, is_url
 from cluster.ownership import Ownership, owner
-from cluster.storage import CHECKPOINTS, TEMPORARY, Disk, RunStorage, StorageError
+from cluster.staging import PassingDisk, Staging
+from cluster.storage import CHECKPOINTS, RunStorage, StorageError
 
 _DAMAGED = f"{MANIFEST}.damaged"
 _START = "start"
@@ -40,24 +42,11 @@ _FLUSH_S = 60.0
 """Shortest time between two uploads of what grows, between checkpoints."""
 _FLUSH_SHARE = 0.05
 """Largest share of the time that they may take."""
-_DATABASES = (".sqlite", ".db")
 
 
 def open_storage(run_dir: str) -> RunStorage:
     """Return the storage of a run directory, which is a path or a URL."""
     return RemoteStorage(ObjectStore(run_dir)) if is_url(run_dir) else RunStorage(run_dir)
-
-
-class _Passing(Disk):
-    """A staging directory's: nothing there has to outlive the process."""
-
-    def write(self, path: str, content: bytes | pa.Buffer, *, is_added: bool = False) -> None:
-        """Write a file, or add to its end."""
-        with open(path, "ab" if is_added else "wb") as file:
-            file.write(content)
-
-    def sync(self, path: str) -> None:
-        """Do nothing."""
 
 
 class RemoteStorage(RunStorage):
@@ -73,11 +62,11 @@ class RemoteStorage(RunStorage):
         self._own = own
         self._owner: Ownership | None = None
         staging = ExitStack()
-        super().__init__(staging.enter_context(scratch(store.url.rpartition("/")[2])), _Passing())
+        super().__init__(staging.enter_context(scratch(store.url.rpartition("/")[2])), PassingDisk())
         atexit.register(staging.close)  # not with this object: paths were handed out
         self._hashes: dict[str, dict[str, str]] = {}  # directory of an attempt under way -> its files from here
         self._whole: set[str] = set()  # directories of checkpoints that were read and found whole
-        self._brought: dict[str, Any] = {}  # key -> what its file was when it was brought up
+        self._staging = Staging(self.directory, store, say=lambda text: self._say(text))
         self._flushed = (time.monotonic(), 0.0)  # when, and how long it took
         self.num_failed_flushes = 0
 
@@ -123,10 +112,7 @@ class RemoteStorage(RunStorage):
         """Return a path in the staging directory, with the file there if the store has it."""
         key = self._key(*parts)
         path = self._place(key)
-        if not os.path.lexists(path) and self._store.exists(key):
-            self._store.fetch(key, f"{path}.part")
-            os.rename(f"{path}.part", path)
-            self._brought[key] = _look(path)
+        self._staging.fetch(key)
         return path
 
     def names(self, *parts: str) -> list[str]:
@@ -175,12 +161,7 @@ class RemoteStorage(RunStorage):
         started = time.monotonic()
         self._must_own()
         try:
-            for key in self._staged():
-                path = os.path.join(self.directory, key)
-                seen = _look(path)
-                if seen != self._brought.get(key):
-                    self._bring(path, key)
-                    self._brought[key] = seen
+            self._staging.bring()
         finally:
             self._flushed = (time.monotonic(), time.monotonic() - started)
 
@@ -281,10 +262,22 @@ class RemoteStorage(RunStorage):
             if not self._is_writer:
                 return model_dir
             attempt = self.address(_START, secrets.token_hex(4))
-            hashes = bring(model_dir, ObjectStore(attempt), has_hashes=False)
-            self._must_own()
-            self._store.write(marker, _manifest_in(attempt, hashes))
+            bring(model_dir, ObjectStore(attempt), has_hashes=True)
+            self._begin_with(attempt)
         return OnEachHost(self._starting_model())
+
+    @contextmanager
+    def model_under_way(self, model_dir: str) -> Iterator[str]:
+        """Yield a URL that a process on any host writes the starting model to; `model_dir` then holds it here, too."""
+        attempt = self.address(_START, secrets.token_hex(4))
+        yield attempt
+        self._begin_with(attempt)
+        build_once(model_dir, lambda building: shutil.copytree(fetched(attempt), building, dirs_exist_ok=True))
+
+    def _begin_with(self, attempt: str) -> None:
+        hashes = self._delivered_hashes(attempt)
+        self._must_own()
+        self._store.write(f"{_START}/{MANIFEST}", _manifest_in(attempt, hashes))
 
     def _starting_model(self) -> str:
         hashes = parse_manifest(self._store.read(f"{_START}/{MANIFEST}").decode())
@@ -308,31 +301,7 @@ class RemoteStorage(RunStorage):
             return
         self._store.write(key, bytes(content))
         super()._replace(path, content)
-        self._brought[key] = _look(path)
-
-    def _bring(self, path: str, key: str) -> None:
-        if not key.endswith(_DATABASES):
-            self._store.upload(path, key)
-            return
-        with scratch("database") as directory:  # a copy as of one moment, however it is written to meanwhile
-            copy = os.path.join(directory, "copy")
-            try:
-                with closing(sqlite3.connect(path)) as source, closing(sqlite3.connect(copy)) as target:
-                    source.backup(target)
-            except sqlite3.Error as error:
-                self._say(f"{key} cannot be copied and is not brought up: {error}")
-                return
-            self._store.upload(copy, key)
-
-    def _staged(self) -> Iterator[str]:
-        """Yield the files that belong to the store: no half ones, no links, nothing of a database but itself."""
-        for root, directories, names in os.walk(self.directory):
-            directories[:] = [name for name in directories if not TEMPORARY.fullmatch(name)]
-            for name in sorted(names):
-                path = os.path.join(root, name)
-                is_part = name.endswith((".new", ".part", "-wal", "-shm", "-journal")) or TEMPORARY.fullmatch(name)
-                if not is_part and os.path.isfile(path) and not os.path.islink(path):
-                    yield os.path.relpath(path, self.directory)
+        self._staging.is_brought(key)
 
     def _delete(self, keys: Iterable[str]) -> None:
         keys = list(keys)
@@ -359,7 +328,7 @@ class RemoteStorage(RunStorage):
 
     def _delivered_hashes(self, directory: str) -> dict[str, str]:
         """Return name -> hash of an attempt's files, as those who brought them said."""
-        hashes = dict(self._hashes[directory])
+        hashes = dict(self._hashes.get(directory, {}))
         for key in self._store.keys(f"{self._key(directory)}/"):
             if key.endswith(HASHES):
                 hashes |= parse_manifest(self._store.read(key).decode())
@@ -398,13 +367,3 @@ def _manifest_in(attempt: str, hashes: dict[str, str]) -> bytes:
     """Return the manifest that stands above an attempt's directory."""
     name = attempt.rpartition("/")[2]
     return render_manifest({f"{name}/{file}": found for file, found in hashes.items()}).encode()
-
-
-def _look(path: str) -> Any:
-    """Return what changes when a file does, or the log of a database."""
-    found = []
-    for name in (path, f"{path}-wal"):
-        with suppress(FileNotFoundError):
-            status = os.stat(name)
-            found.append((status.st_mtime_ns, status.st_size))
-    return tuple(found)

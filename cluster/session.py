@@ -39,6 +39,7 @@ from cluster.remote_storage import open_storage
 from cluster.start import prepare_policy, train_start
 from cluster.storage import StorageError
 from cluster.transport import ObjectStoreTransport
+from learner.config import SFTConfig
 from learner.controller import StepController
 from reward.config import ComponentConfig, RewardConfig
 from reward.reward_worker import RewardWorker
@@ -223,10 +224,16 @@ class Session:
         return prepare_policy(
             self.config.policy,
             seed=self.config.run.seed,
-            train=lambda sft: train_start(
-                sft, learner=placement.learner, ready_timeout_s=self.config.placement.ready_timeout_s
-            ),
+            train=lambda sft: self._train_start(sft, placement),
         )
+
+    def _train_start(self, sft: SFTConfig, placement: Placement) -> None:
+        with self.storage.model_under_way(sft.output) as output:
+            train_start(
+                sft.model_copy(update={"output": output}),
+                learner=placement.learner,
+                ready_timeout_s=self.config.placement.ready_timeout_s,
+            )
 
     def _fitting(self, prompts: PromptsConfig, where: str) -> PromptsConfig:
         """Return the section with a limit under which every prompt and its response fit the policy's positions."""

@@ -11,6 +11,7 @@ from actors.cache import cache_directory, content_hash, locked
 from actors.config import PolicyConfig
 from actors.plugins import import_function
 from cluster.config import ConfigError, read_yaml, validate
+from cluster.deliveries import delivered
 from cluster.hardware import live_nodes
 from cluster.placement import Processes, enclosing_group, gang_group
 from cluster.places import ask_for
@@ -90,7 +91,8 @@ def _sft_task(sft: SFTConfig, num_threads: int, cache_dir: str) -> None:
     from learner.sft import train
 
     training = sft.training.model_copy(update={"num_threads": sft.training.num_threads or num_threads})
-    train(sft.model_copy(update={"training": training}), cache_dir=cache_dir)
+    with delivered(sft.output, has_hashes=True) as output:
+        train(sft.model_copy(update={"training": training, "output": output}), cache_dir=cache_dir)
 
 
 def _content(data: DataConfig) -> str:

@@ -225,6 +225,11 @@ class RunStorage:
         """Return a model directory as it is handed to processes on any host."""
         return model_dir
 
+    @contextmanager
+    def model_under_way(self, model_dir: str) -> Iterator[str]:
+        """Yield where a process on any host writes the starting model, which is in `model_dir` after the block."""
+        yield model_dir
+
     def checkpoints(self) -> list[int]:
         """Return the steps that have a committed checkpoint, ascending; it may be damaged since."""
         steps = [step_of(name) for name in self.names(CHECKPOINTS)]

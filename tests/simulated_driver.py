@@ -230,7 +230,7 @@ def standing_in(place: Place) -> Iterator[None]:
 
     stand_ins = {
         "ray": Nobody(),
-        "RunStorage": partial(RunStorage, disk=place.disk),
+        "open_storage": partial(RunStorage, disk=place.disk),
         "join_cluster": lambda config: (2.0, 2.0),
         "plan_placement": Nobody,
         "Places": Nobody,
