@@ -105,9 +105,7 @@ def check_object_store(url: str) -> Iterator[Finding]:
         )
     else:
         took = time.monotonic() - started
-        yield Finding(
-            level="ok", about="run.dir", found=f"{store.shown()} takes and deletes an object in {took:.2f} s"
-        )
+        yield Finding(level="ok", about="run.dir", found=f"{store.shown()} takes and deletes an object in {took:.2f} s")
 
 
 def check_local(places: list[Place]) -> Iterator[Finding]:

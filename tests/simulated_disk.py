@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from cluster.checkpoints import step_of
+from cluster.deliveries import delivered
 from cluster.storage import Disk
 from tests.simulated_world import Crash, World
 
@@ -62,7 +63,8 @@ class SimulatedDisk(Disk):
 
     def write_share(self, path: str, text: str) -> None:
         """A rank writes a file."""
-        with open(path, "w", encoding="utf-8") as file:
+        directory, name = os.path.split(path)
+        with delivered(directory, has_hashes=True) as local, open(os.path.join(local, name), "w") as file:
             file.write(text)
 
     def damage(self) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from actors.weights import Bucket, Publication
+from cluster.deliveries import fetched
 from cluster.messages import Weights
 from cluster.ranks import GangError
 from learner.learner import Skipped
@@ -236,7 +237,7 @@ def read_shares(directory: str) -> list[dict[str, Any]]:
     """Return what each rank wrote into a checkpoint."""
     shares = []
     for rank in range(NUM_SHARES):
-        with open(os.path.join(directory, f"learner-{rank}.json"), encoding="utf-8") as file:
+        with open(os.path.join(fetched(directory), f"learner-{rank}.json"), encoding="utf-8") as file:
             shares.append(json.load(file))
     return shares
 
