@@ -117,7 +117,7 @@ class RemoteStorage(RunStorage):
 
     def names(self, *parts: str) -> list[str]:
         """Return the names in a directory of the store."""
-        prefix = self._key(*parts) + "/"
+        prefix = "" if self._key(*parts) == "." else f"{self._key(*parts)}/"
         return sorted({key.removeprefix(prefix).partition("/")[0] for key in self._store.keys(prefix)})
 
     def exists(self, *parts: str) -> bool:

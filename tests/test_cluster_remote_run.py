@@ -1,10 +1,11 @@
-"""The real run, its processes simulated, with a run directory in an object store; S3 itself is `test_cluster_s3.py`'s."""
+"""The real run, its processes simulated, in an object store; `test_cluster_s3.py` has a real one."""
 
 import json
 import secrets
 
 import pytest
 
+from cluster.claim import claim
 from cluster.deliveries import OnEachHost
 from cluster.loop import train, train_step
 from cluster.metrics import is_of_the_machine, read_journal
@@ -28,6 +29,19 @@ class FailingStore(ObjectStore):
             raise OSError(28, "no space left in the store")
 
 
+class Sole:
+    """The only process there is."""
+
+    def __init__(self, store, **options):
+        pass
+
+    def check(self):
+        pass
+
+    def release(self):
+        pass
+
+
 @pytest.fixture
 def url():
     return f"memory://{secrets.token_hex(8)}/walks"
@@ -41,7 +55,8 @@ def place(tmp_path, url, monkeypatch):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
     with calm_place(tmp_path / "posix") as (start, said):
-        monkeypatch.setattr("cluster.session.open_storage", lambda run_dir: RemoteStorage(FailingStore(url)))
+        monkeypatch.setattr("cluster.session.open_storage", lambda run_dir: RemoteStorage(FailingStore(url), own=Sole))
+        monkeypatch.setattr("cluster.run.claim", claim)
         monkeypatch.setattr("cluster.session.prepare_policy", lambda policy, **options: str(tmp_path / "model"))
         yield start, said
 
@@ -119,7 +134,7 @@ def test_rows_that_are_not_in_the_store_are_not_learnt_from(place, url, monkeypa
         assert run.learner.step_done == 1
 
 
-class Lost:
+class Lost(Sole):
     def check(self):
         raise LostError("another has it")
 
@@ -134,7 +149,7 @@ def test_a_run_that_lost_its_claim_ends_and_changes_nothing(place, url):
                 train_step(run, next(steps))
             run._finish_checkpoint()
             keys.extend(ObjectStore(url).keys())
-            run.storage._owner = Lost()
+            run.storage._owner = Lost(run.storage)
             train_step(run, next(steps))
 
     keys = []
