@@ -76,7 +76,7 @@ def _is_job() -> bool:
 def _directory(config: RunConfig, *, is_submitted: bool) -> Iterator[str]:
     directory, in_job = config.run.dir, is_submitted or _is_job()
     if is_url(directory):
-        yield from check_store(directory)
+        yield from check_store(directory, elsewhere=is_submitted)
     elif in_job and not os.path.isabs(directory):
         yield (
             f"run.dir must be absolute in a Ray job, whose working directory is temporary, got {directory!r}; name a "
@@ -86,15 +86,21 @@ def _directory(config: RunConfig, *, is_submitted: bool) -> Iterator[str]:
         yield f"run.dir must be a directory, and {directory!r} is a file"
 
 
-def check_store(url: str, *, where: str = "run.dir") -> Iterator[str]:
-    """Yield why a run cannot be in an object store of this kind; nothing is asked of the store."""
+def check_store(url: str, *, where: str = "run.dir", elsewhere: bool = False) -> Iterator[str]:
+    """Yield why a run cannot be in an object store of this kind; nothing is asked of the store.
+
+    Args:
+        url: of the run directory.
+        where: the setting.
+        elsewhere: it is another machine that needs the store's package.
+    """
     scheme, package = package_of(url)
     shown = without_credentials(url)
     if not package:
         yield f"{where} must be a path or a URL that fsspec knows, such as s3://bucket/runs/x, got {shown!r}"
     elif scheme == "memory":
         yield f"{where} must be where all processes see it, and {shown!r} is the memory of one; use file:// to try"
-    elif importlib.util.find_spec(package.partition(".")[0]) is None:
+    elif not elsewhere and importlib.util.find_spec(package.partition(".")[0]) is None:
         name = package.partition(".")[0]
         extra = f"'concord-rlhf[{scheme}]'" if scheme == "s3" else name
         yield f"{where} must be in a store whose package is installed, and {shown!r} needs {name}; pip install {extra}"

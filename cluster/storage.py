@@ -17,6 +17,9 @@ A file or checkpoint is made under a temporary name, synced, renamed, and its di
 that is killed over checkpoint 6 leaves `step-4` as it was and `step-6.<process>-<number>.tmp`, which the next process
 to open the directory for writing removes.  A process uses no name twice, so that what a lost rank still writes disturbs
 nobody.
+
+`RunStorage` is a run directory on a POSIX file system.  One in an object store has the same methods and is
+`remote_storage.py`'s, whose `open_storage` returns the right one for a path or a URL.
 """
 
 import itertools
