@@ -96,7 +96,12 @@ def check_store(url: str, *, where: str = "run.dir", elsewhere: bool = False) ->
     """
     scheme, package = package_of(url)
     shown = without_credentials(url)
-    if not package:
+    if url.partition("://")[2].partition("/")[0].rpartition("@")[0].count(":"):
+        yield (
+            f"{where} must hold no password, which would be written down with the settings, got one for {shown!r}; put "
+            "it where the store's own tools look for it"
+        )
+    elif not package:
         yield f"{where} must be a path or a URL that fsspec knows, such as s3://bucket/runs/x, got {shown!r}"
     elif scheme == "memory":
         yield f"{where} must be where all processes see it, and {shown!r} is the memory of one; use file:// to try"

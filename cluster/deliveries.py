@@ -46,7 +46,7 @@ def scratch(name: str) -> Iterator[str]:
     mine = f"{socket.gethostname()}-"
     for leftover in os.listdir(root):
         process = leftover.removeprefix(mine).partition("-")[0]
-        if leftover.startswith(mine) and process.isdecimal() and not os.path.isdir(f"/proc/{process}"):
+        if leftover.startswith(mine) and process.isdecimal() and not _is_alive(int(process)):
             shutil.rmtree(os.path.join(root, leftover), ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=f"{mine}{os.getpid()}-", dir=root, ignore_cleanup_errors=True) as made:
         directory = os.path.join(made, name)
@@ -112,6 +112,16 @@ def fetched(directory: str) -> str:
             _fetch(ObjectStore(above), attempt, f"{local}.part")
             os.rename(f"{local}.part", local)
     return local
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def attempt_of(hashes: Mapping[str, str]) -> str:

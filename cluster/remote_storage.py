@@ -318,7 +318,7 @@ class RemoteStorage(RunStorage):
     def _checkpoint_keys(self) -> dict[int, list[str]]:
         found: dict[int, list[str]] = {}
         for key in self._store.keys(f"{CHECKPOINTS}/"):
-            step = step_of(key.split("/")[1])
+            step = step_of(key.partition("/")[2].partition("/")[0])
             if step is not None:
                 found.setdefault(step, []).append(key)
         return found

@@ -4,8 +4,11 @@ import json
 import secrets
 
 import pytest
+from typer.testing import CliRunner
 
 from cluster.claim import claim
+from cluster.cli import app
+from cluster.config import ConfigError
 from cluster.deliveries import OnEachHost
 from cluster.loop import train, train_step
 from cluster.metrics import is_of_the_machine, read_journal
@@ -93,6 +96,32 @@ def test_a_run_goes_on_where_it_stopped_on_a_machine_that_has_nothing_of_it(plac
     status = run_status_of(found)
     assert (status.step, status.checkpoint, status.groups.trained, status.is_conserved) == (4, 4, 12, True)
     assert status.directory == url
+
+
+def test_commands_take_the_url(place, url, tmp_path, monkeypatch):
+    url = (tmp_path / "store" / "walks").as_uri()
+    monkeypatch.setattr("cluster.session.open_storage", lambda run_dir: RemoteStorage(FailingStore(url), own=Sole))
+    start, _ = place
+    with start() as run:
+        train(run)
+    status = json.loads(told("status", url, "--json"))
+    assert (status["step"], status["checkpoint"], status["directory"]) == (4, 4, url)
+    assert "12" in told("ledger", url)
+    assert told("report", url).strip() == f"{url}/report.html"
+    assert (tmp_path / "store" / "walks" / "report.html").stat().st_size > 10_000
+    with pytest.raises(ConfigError, match=f"RUN_DIR must be the directory of a run, and '{url}/no' holds no config"):
+        told("status", f"{url}/no")
+    with pytest.raises(ConfigError, match="RUN_DIR must be in a store whose package is installed"):
+        told("status", "wandb://x")
+    with pytest.raises(ConfigError, match="a resume must keep what is learnt"):
+        told("resume", url, "run.seed=8")
+
+
+def told(*arguments):
+    done = CliRunner().invoke(app, arguments)
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return done.output
 
 
 def test_a_store_that_takes_no_checkpoint_costs_the_checkpoint(place, url, monkeypatch):
