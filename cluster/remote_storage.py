@@ -272,7 +272,11 @@ class RemoteStorage(RunStorage):
         attempt = self.address(_START, secrets.token_hex(4))
         yield attempt
         self._begin_with(attempt)
-        build_once(model_dir, lambda building: shutil.copytree(fetched(attempt), building, dirs_exist_ok=True))
+
+        def copy(building: str) -> None:
+            shutil.copytree(fetched(attempt), building, dirs_exist_ok=True)
+
+        build_once(model_dir, copy)
 
     def _begin_with(self, attempt: str) -> None:
         hashes = self._delivered_hashes(attempt)

@@ -62,6 +62,9 @@ try:
     seen = {disk.name: sorted({path.name for path in disk.glob("fetched/*/*/*")}) for disk in root.glob("disk-of-*")}
     left = [str(found) for disk in root.glob("disk-of-*") for found in (disk / "staging").glob("*/*")]
 
+    with Run(config(root / "straight")) as run:  # on a disk, and in one go
+        train(run)
+
     status = run_status(url, now=0.0)
     report = build_report(url)
     exported = export_policy(url, str(root / "exported"))
@@ -74,13 +77,6 @@ try:
 finally:
     ray.shutdown()
     cluster.shutdown()
-
-os.environ["CONCORD_CACHE"] = str(root / "cache")
-ray.init(num_cpus=2, namespace="concord", include_dashboard=False)
-straight = load(RunConfig, path, [f"run.dir={root / 'straight'}", "placement.by_role=false"])
-with Run(straight) as run:
-    train(run)
-ray.shutdown()
 
 weights, expected = weights_of(got), weights_of(root / "straight")
 from transformers import AutoModelForCausalLM
