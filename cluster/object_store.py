@@ -132,7 +132,9 @@ class ObjectStore:
 
     def _reason(self, error: Exception) -> str:
         """Return an error in one line, without the URL's own words, which may hold credentials."""
-        text = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+        text = f"{type(error).__name__}: {error}"
+        if isinstance(error, OSError):
+            text = error.strerror or str(error)
         secret = urlsplit(self.url).netloc.rpartition("@")[0]
         return " ".join((text.replace(secret, "...") if secret else text).split())[:400]
 

@@ -26,6 +26,20 @@ def only(findings):
     return finding
 
 
+def test_a_store_is_written_to_and_no_node_need_mount_anything(tmp_path, monkeypatch):
+    url = (tmp_path / "store").as_uri()
+    config = minimal_config(run={"dir": url})
+    assert not [place for place in doctor_paths.places_of(config) if place.setting in ("run.dir", "CONCORD_CACHE")]
+    assert levels(doctor_paths.check_object_store(url)) == [("ok", "run.dir")]
+    assert os.listdir(tmp_path / "store") == []
+    (tmp_path / "store").rmdir()
+    (tmp_path / "store").touch()
+    monkeypatch.setattr("cluster.object_store._PAUSES_S", ())
+    found = only(doctor_paths.check_object_store(url))
+    assert (found.level, "nothing can be written there" in found.found) == ("fail", True)
+    assert only(doctor_paths.check_object_store("wandb://x")).remedy == "pip install wandbfs"
+
+
 def test_python_must_be_new_enough():
     assert doctor_software.check_python((3, 11)).level == "ok"
     assert doctor_software.check_python((3, 10)).level == "fail"

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import pickle
 import secrets
 import shutil
 import sqlite3
@@ -188,7 +189,9 @@ class JournalLast(RemoteStorage):
         self.flush()
 
 
-@pytest.mark.parametrize("storage_class", [ManifestFirst, OldOneFirst, JournalLast])
+@pytest.mark.parametrize(
+    "storage_class", [ManifestFirst, *(pytest.param(bug, marks=pytest.mark.slow) for bug in (OldOneFirst, JournalLast))]
+)
 def test_the_claims_find_planted_bugs(process, tmp_path, storage_class):
     before = "whole" if storage_class is OldOneFirst else "absent"
     with pytest.raises(AssertionError):
@@ -226,7 +229,7 @@ def continued_after_a_cut_at(nth, tmp_path, process):
     return outcome_of(url, process, Plan())
 
 
-@pytest.mark.parametrize("stride", [7, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stride", [11, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_run_that_is_cut_goes_on_with_the_same_bits_on_another_machine(process, tmp_path, stride):
     posix = train(tmp_path / "posix", Script())
     plan = Plan()
@@ -364,6 +367,42 @@ def test_who_lost_the_claim_changes_nothing_more(process, url):
     storage.close()
     assert [key for key in PlannedStore(url).keys("") if "step-4" not in key] == before
     assert process(url, is_writer=False).checkpoints() == [2]
+
+
+def test_the_starting_model_is_brought_once_by_who_writes(process, url, tmp_path):
+    storage, model_dir = process(url), tmp_path / "cache" / "sft" / "key"
+    reader = process(url, is_writer=False)
+    assert reader.starting_model() is None
+    assert reader.model_for_workers("here") == "here", "who only reads brings nothing"
+    with storage.model_under_way(str(model_dir)) as place, delivered(place, has_hashes=True) as local:
+        Path(local, "config.json").write_text("trained elsewhere")
+    assert (model_dir / "config.json").read_text() == "trained elsewhere"
+    (tmp_path / "other").mkdir()
+    sent = process(url).model_for_workers(str(tmp_path / "other"))
+    shutil.rmtree(tmp_path / "cache")
+    arrived = pickle.loads(pickle.dumps(sent))
+    assert Path(arrived, "config.json").read_text() == "trained elsewhere", "what the run began with stays"
+    assert process(url).starting_model() == arrived
+
+
+def test_what_may_pass_is_tried_again_and_what_is_not_there_is_not(url):
+    store, waits, failures = ObjectStore(url, sleep=lambda seconds: waits.append(seconds)), [], [2]
+
+    def announce(operation, key):
+        if failures[0]:
+            failures[0] -= 1
+            raise ConnectionResetError(104, "reset")
+
+    store.announce = announce
+    store.write("a", b"x")
+    assert (waits, store.read("a")) == ([1.0, 3.0], b"x")
+    with pytest.raises(FileNotFoundError):
+        store.read("b")
+    assert len(waits) == 2
+    failures[0] = 9
+    with pytest.raises(OSError, match=f"reset.*'{url}/a'"):
+        store.read("a")
+    assert len(waits) == 5
 
 
 def test_a_path_is_a_path_and_credentials_stay_out(tmp_path):
