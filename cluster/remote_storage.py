@@ -100,13 +100,14 @@ class RemoteStorage(RunStorage):
     def open_for_writing(self, say: Callable[[str], None]) -> None:
         """Delete what attempts that count no more have left."""
         self._is_writer, self._say = True, say
-        for step, keys in self._checkpoint_keys().items():
-            prefix = f"{CHECKPOINTS}/{name_of(step)}/"
-            if prefix + _DAMAGED in keys:
+        places = {f"{CHECKPOINTS}/{name_of(step)}": keys for step, keys in self._checkpoint_keys().items()}
+        for place, keys in (places | {_START: self._store.keys(f"{_START}/")}).items():
+            marker = f"{place}/{MANIFEST}"
+            if f"{place}/{_DAMAGED}" in keys:
                 continue
             with suppress(ValueError):  # a damaged manifest: nobody knows which files are its
-                kept = f"{prefix}{attempt_of(self._manifest(step))}/" if prefix + MANIFEST in keys else "none"
-                self._delete(key for key in keys if not key.startswith(kept) and key != prefix + MANIFEST)
+                kept = f"{place}/{attempt_of(self._manifest(place))}/" if marker in keys else marker
+                self._delete(key for key in keys if not key.startswith((kept, marker)))
 
     def path(self, *parts: str) -> str:
         """Return a path in the staging directory, with the file there if the store has it."""
@@ -181,7 +182,7 @@ class RemoteStorage(RunStorage):
 
     def checkpoint(self, step: int) -> str:
         """Return the URL of the attempt that counts."""
-        return self.address(CHECKPOINTS, name_of(step), attempt_of(self._manifest(step)))
+        return self.address(CHECKPOINTS, name_of(step), attempt_of(self._manifest(f"{CHECKPOINTS}/{name_of(step)}")))
 
     def newest_checkpoint(self) -> tuple[int, str] | None:
         """Return step and URL of the newest whole checkpoint, None where there is none."""
@@ -257,8 +258,7 @@ class RemoteStorage(RunStorage):
 
     def model_for_workers(self, model_dir: str) -> Any:
         """Return a model directory as processes on other hosts take it; only who writes here can bring it up."""
-        marker = f"{_START}/{MANIFEST}"
-        if not self._store.exists(marker):
+        if not self._store.exists(f"{_START}/{MANIFEST}"):
             if not self._is_writer:
                 return model_dir
             attempt = self.address(_START, secrets.token_hex(4))
@@ -284,8 +284,7 @@ class RemoteStorage(RunStorage):
         self._store.write(f"{_START}/{MANIFEST}", _manifest_in(attempt, hashes))
 
     def _starting_model(self) -> str:
-        hashes = parse_manifest(self._store.read(f"{_START}/{MANIFEST}").decode())
-        return self.address(_START, attempt_of(hashes))
+        return self.address(_START, attempt_of(self._manifest(_START)))
 
     def _key(self, *parts: str) -> str:
         """Return the key that parts name; the first one may be a URL below this one."""
@@ -327,8 +326,9 @@ class RemoteStorage(RunStorage):
                 found.setdefault(step, []).append(key)
         return found
 
-    def _manifest(self, step: int) -> dict[str, str]:
-        return parse_manifest(self._store.read(f"{CHECKPOINTS}/{name_of(step)}/{MANIFEST}").decode())
+    def _manifest(self, place: str) -> dict[str, str]:
+        """Return the manifest of a directory of attempts."""
+        return parse_manifest(self._store.read(self._key(place, MANIFEST)).decode())
 
     def _delivered_hashes(self, directory: str) -> dict[str, str]:
         """Return name -> hash of an attempt's files, as those who brought them said."""
@@ -345,7 +345,7 @@ class RemoteStorage(RunStorage):
         """
         prefix = f"{CHECKPOINTS}/{name_of(step)}/"
         try:
-            hashes = self._manifest(step)
+            hashes = self._manifest(prefix)
             is_known = self.address(prefix, attempt_of(hashes)) in self._whole
             there = set(self._store.keys(prefix))
             for name, expected in hashes.items():

@@ -374,11 +374,14 @@ def test_the_starting_model_is_brought_once_by_who_writes(process, url, tmp_path
     reader = process(url, is_writer=False)
     assert reader.starting_model() is None
     assert reader.model_for_workers("here") == "here", "who only reads brings nothing"
+    with delivered(storage.address("start", "half")) as local:
+        Path(local, "config.json").write_text("of a process that died")
     with storage.model_under_way(str(model_dir)) as place, delivered(place, has_hashes=True) as local:
         Path(local, "config.json").write_text("trained elsewhere")
     assert (model_dir / "config.json").read_text() == "trained elsewhere"
     (tmp_path / "other").mkdir()
     sent = process(url).model_for_workers(str(tmp_path / "other"))
+    assert not PlannedStore(url).keys("start/half/")
     shutil.rmtree(tmp_path / "cache")
     arrived = pickle.loads(pickle.dumps(sent))
     assert Path(arrived, "config.json").read_text() == "trained elsewhere", "what the run began with stays"

@@ -7,7 +7,6 @@ import sys
 
 import pytest
 import yaml
-from moto.server import ThreadedMotoServer
 
 from tests.job_cluster import ROOT
 from tests.run_toys import tiny_config
@@ -104,6 +103,9 @@ print("FOUND", json.dumps({
 @pytest.fixture(scope="module")
 def s3():
     """Yield the variables under which a bucket `runs` is found."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -116,8 +118,6 @@ def s3():
     with pytest.MonkeyPatch.context() as patch:
         for name, value in variables.items():
             patch.setenv(name, value)
-        import boto3
-
         boto3.client("s3").create_bucket(Bucket="runs")
     yield variables
     server.stop()
