@@ -2,6 +2,7 @@
 
 import json
 import secrets
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -9,13 +10,15 @@ from typer.testing import CliRunner
 from cluster.claim import claim
 from cluster.cli import app
 from cluster.config import ConfigError
-from cluster.deliveries import OnEachHost
+from cluster.deliveries import OnEachHost, fetched
+from cluster.gang import write_share
 from cluster.loop import train, train_step
 from cluster.metrics import is_of_the_machine, read_journal
 from cluster.object_store import ObjectStore
 from cluster.ownership import LostError
 from cluster.remote_storage import RemoteStorage
 from cluster.status import run_status
+from learner.state import Share
 from tests.recovery_toys import calm_place
 
 
@@ -196,3 +199,24 @@ def run_status_of(storage):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("cluster.status.open_storage", lambda run_dir: storage)
         return run_status("", now=0.0)
+
+
+def test_ranks_bring_the_very_files_that_they_write_on_a_disk(place, url, tmp_path):
+    import torch
+
+    shares = [
+        Share(rank=rank, num_ranks=2, tensors={f"policy/w{rank}/param": torch.randn(5)}, num_updates={"policy": 3})
+        for rank in range(2)
+    ]
+    (tmp_path / "disk").mkdir()
+    storage = RemoteStorage(FailingStore(tmp_path.as_uri() + "/store"), own=Sole)
+    directory = storage.begin_checkpoint(2)
+    files = []
+    for share in shares:
+        files += write_share(share, directory)
+        write_share(share, str(tmp_path / "disk"))
+    storage.commit_checkpoint(2, files=files)
+    copy = fetched(storage.newest_checkpoint()[1])
+    names = sorted(path.name for path in (tmp_path / "disk").iterdir())
+    assert names == sorted(files) == sorted(path.name for path in Path(copy).iterdir())
+    assert all((tmp_path / "disk" / name).read_bytes() == Path(copy, name).read_bytes() for name in names)
