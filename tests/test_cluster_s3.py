@@ -87,8 +87,8 @@ print("FOUND", json.dumps({
     "same_weights": len(weights) == len(expected) and all(weights[name].equal(expected[name]) for name in expected),
     "same_export": all(again[name].equal(expected[name]) for name in expected),
     "same_rows": [
-        open_storage(url).read_table("rollouts", f"step-{step}.parquet").drop_columns(["run_id"])
-        == pq.read_table(root / "straight" / "rollouts" / f"step-{step}.parquet").drop_columns(["run_id"])
+        open_storage(url).read_table("rollouts", f"step-{step}.parquet").drop_columns(["run_id", "incarnation", "lease_id"])
+        == pq.read_table(root / "straight" / "rollouts" / f"step-{step}.parquet").drop_columns(["run_id", "incarnation", "lease_id"])
         for step in (1, 2, 3, 4)
     ],
     "status": [status.step, status.checkpoint, status.is_conserved, status.process, status.directory],
