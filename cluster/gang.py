@@ -5,7 +5,7 @@ A gang does not outlive a failure: `cluster/recovery.py` starts another one and 
 
 from collections.abc import Sequence
 from itertools import count
-from typing import Any
+from typing import Any, Protocol
 
 import pyarrow as pa
 import ray
@@ -38,6 +38,45 @@ class _Rank(LearnerRank):
     def step_on(self, plan: StepPlan, *tables: pa.Table) -> dict[str, float] | Skipped:
         """Call `step`."""
         return self.step(tables, plan)
+
+
+class Gang(Protocol):
+    """What recovery needs of a gang; every method raises GangError when a rank failed, died or was late."""
+
+    def wait_ready(self) -> None:
+        """Wait until every rank is ready."""
+
+    def check(self) -> None:
+        """Make sure that every rank lives and answers."""
+
+    def step(self, plan: StepPlan, tables: Sequence[Any]) -> dict[str, float] | Skipped:
+        """Learn from SCORED tables, or references to them."""
+
+    def publish(
+        self, version: int, incarnation: int, *, offer: StreamOffer | None, base: int | None
+    ) -> Publication | Streamed:
+        """Make the weights available, or send them to whom they are offered."""
+
+    def stream_endpoint(self) -> tuple[str, int]:
+        """Return where the receivers of a stream meet the ranks."""
+
+    def begin_save(self, directory: str) -> None:
+        """Copy the state, and begin to write it into a directory."""
+
+    def finish_save(self) -> list[str]:
+        """Wait until it is written, and return the names of its files; OSError when it could not be."""
+
+    def load(self, directory: str) -> None:
+        """Restore what was saved."""
+
+    def export(self, directory: str) -> None:
+        """Write the policy; OSError when it could not be."""
+
+    def rest(self) -> None:
+        """Have the ranks give back what memory they can."""
+
+    def close(self) -> None:
+        """End all ranks, without waiting for any."""
 
 
 class LearnerGang:

@@ -13,17 +13,17 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import pyarrow as pa
 
 from actors.streams import StreamOffer
 from actors.weights import Publication
+from cluster.gang import Gang
 from cluster.pipeline import Batch
 from cluster.ranks import GangError
 from cluster.redo import RedoLog
 from cluster.storage import RunStorage
-from learner.batch import StepPlan
 from learner.controller import StepController
 from learner.learner import MismatchError, Skipped
 from learner.outlets import Streamed
@@ -45,45 +45,6 @@ class NonFiniteRunError(RuntimeError):
 
 class ReplayError(RuntimeError):
     """A step that is learnt again does not go as it went the first time."""
-
-
-class Gang(Protocol):
-    """What recovery needs of a gang; every method raises GangError when a rank failed, died or was late."""
-
-    def wait_ready(self) -> None:
-        """Wait until every rank is ready."""
-
-    def check(self) -> None:
-        """Make sure that every rank lives and answers."""
-
-    def step(self, plan: StepPlan, tables: Sequence[Any]) -> dict[str, float] | Skipped:
-        """Learn from SCORED tables, or references to them."""
-
-    def publish(
-        self, version: int, incarnation: int, *, offer: StreamOffer | None, base: int | None
-    ) -> Publication | Streamed:
-        """Make the weights available, or send them to whom they are offered."""
-
-    def stream_endpoint(self) -> tuple[str, int]:
-        """Return where the receivers of a stream meet the ranks."""
-
-    def begin_save(self, directory: str) -> None:
-        """Copy the state, and begin to write it into a directory."""
-
-    def finish_save(self) -> list[str]:
-        """Wait until it is written, and return the names of its files; OSError when it could not be."""
-
-    def load(self, directory: str) -> None:
-        """Restore what was saved."""
-
-    def export(self, directory: str) -> None:
-        """Write the policy; OSError when it could not be."""
-
-    def rest(self) -> None:
-        """Have the ranks give back what memory they can."""
-
-    def close(self) -> None:
-        """End all ranks, without waiting for any."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -34,13 +34,12 @@ from ray.rllib.utils.metrics.metrics_logger import MetricsLogger
 from ray.tune import PlacementGroupFactory
 
 from cluster.checks import check_run
-from cluster.claim import holder
 from cluster.config import ConfigError, RunConfig, load, validate
 from cluster.loop import train_step
 from cluster.placement import Placement, cluster_cpus, plan_placement
+from cluster.remote_storage import open_storage
 from cluster.rllib_limits import METHODS, problems, refusing
 from cluster.run import Run, Stopped
-from cluster.storage import RunStorage
 
 
 class RLHFConfig(AlgorithmConfig):
@@ -249,7 +248,7 @@ class RLHF(Algorithm):
     def __repr__(self) -> str:
         if self._run is None:
             return "RLHF"
-        return f"RLHF({os.path.basename(self._run.storage.directory)})"  # before each line that Ray prints of a trial
+        return f"RLHF({self._run.storage.name})"  # before each line that Ray prints of a trial
 
     def _directory(self, settings: dict[str, Any]) -> dict[str, str]:
         """Return `run.dir`: in a Tune trial the trial's own, elsewhere the configured one, by default RLlib's.
@@ -262,7 +261,7 @@ class RLHF(Algorithm):
         if self._storage.storage_filesystem.type_name != "local":
             raise ConfigError(
                 "Tune's storage_path must be a directory that all nodes mount, got "
-                f"{self._storage.storage_fs_path}; run directories are not supported on object stores yet"
+                f"{self._storage.storage_fs_path}; an object store is for runs that Tune does not start"
             )
         os.chdir(os.environ["TUNE_ORIG_WORKING_DIR"])  # which Tune has left, and where relative paths start
         return {"dir": self._storage.trial_fs_path}
@@ -305,8 +304,8 @@ def _trial_request(placement: Placement) -> PlacementGroupFactory:
 
 def _wait_for_former(config: RunConfig) -> None:
     """Give a trial's former process, which Tune paused or takes for failed, time to close the run directory."""
-    storage, deadline = RunStorage(config.run.dir), time.monotonic() + config.placement.ready_timeout_s
-    while holder(storage) is not None and time.monotonic() < deadline:
+    storage, deadline = open_storage(config.run.dir), time.monotonic() + config.placement.ready_timeout_s
+    while storage.holder() is not None and time.monotonic() < deadline:
         time.sleep(0.5)
 
 

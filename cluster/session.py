@@ -41,7 +41,6 @@ from cluster.storage import StorageError
 from cluster.transport import ObjectStoreTransport
 from learner.config import SFTConfig
 from learner.controller import StepController
-from reward.config import ComponentConfig, RewardConfig
 from reward.reward_worker import RewardWorker
 
 STATE_FILE = "run.json"
@@ -280,7 +279,7 @@ class Session:
             "update_mode": config.pipeline.update_mode,
         }
         reward_arguments = {
-            "reward": _with_absolute_paths(config.reward),
+            "reward": config.reward.with_absolute_paths(),
             "policy": config.policy,
             "policy_dir": self._sent_model,
             "has_reference": config.algorithm.reference.mode != "base",  # the learner has it already
@@ -385,17 +384,3 @@ class Session:
     def _read_state(self, checkpoint: str) -> dict[str, Any]:
         state: dict[str, Any] = json.loads(self.storage.read_text(checkpoint, STATE_FILE))
         return state
-
-
-def _with_absolute_paths(reward: RewardConfig) -> RewardConfig:
-    """Return the section with local model directories made absolute: workers may start in another directory."""
-    components = {name: _absolute(component) for name, component in reward.components.items()}
-    return reward.model_copy(update={"components": components})
-
-
-def _absolute(component: ComponentConfig) -> ComponentConfig:
-    def resolved(path: str) -> str:
-        return os.path.abspath(path) if os.path.isdir(path) else path
-
-    model = component.model and resolved(component.model)
-    return component.model_copy(update={"model": model, "ensemble": tuple(map(resolved, component.ensemble))})

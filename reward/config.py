@@ -1,5 +1,6 @@
 """Configuration of the reward room: judges, their weights, the reference policy."""
 
+import os
 import re
 from typing import Any, Literal
 
@@ -179,3 +180,16 @@ class RewardConfig(Config):
                 "name a model or set kind potential"
             )
         return self
+
+    def with_absolute_paths(self) -> "RewardConfig":
+        """Return the section with local model directories made absolute: workers may start in another directory."""
+        components = {name: _with_absolute_paths(component) for name, component in self.components.items()}
+        return self.model_copy(update={"components": components})
+
+
+def _with_absolute_paths(component: ComponentConfig) -> ComponentConfig:
+    def absolute(path: str) -> str:
+        return os.path.abspath(path) if os.path.isdir(path) else path
+
+    model = component.model and absolute(component.model)
+    return component.model_copy(update={"model": model, "ensemble": tuple(map(absolute, component.ensemble))})

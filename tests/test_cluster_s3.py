@@ -81,14 +81,15 @@ weights, expected = weights_of(got), weights_of(root / "straight")
 from transformers import AutoModelForCausalLM
 
 again = AutoModelForCausalLM.from_pretrained(exported).state_dict()
+OWN = ["run_id", "incarnation", "lease_id"]
 print("FOUND", json.dumps({
     "started": started,
     "same_metrics": metrics_of(got) == metrics_of(root / "straight"),
     "same_weights": len(weights) == len(expected) and all(weights[name].equal(expected[name]) for name in expected),
     "same_export": all(again[name].equal(expected[name]) for name in expected),
     "same_rows": [
-        open_storage(url).read_table("rollouts", f"step-{step}.parquet").drop_columns(["run_id", "incarnation", "lease_id"])
-        == pq.read_table(root / "straight" / "rollouts" / f"step-{step}.parquet").drop_columns(["run_id", "incarnation", "lease_id"])
+        open_storage(url).read_table("rollouts", f"step-{step}.parquet").drop_columns(OWN)
+        == pq.read_table(root / "straight" / "rollouts" / f"step-{step}.parquet").drop_columns(OWN)
         for step in (1, 2, 3, 4)
     ],
     "status": [status.step, status.checkpoint, status.is_conserved, status.process, status.directory],
