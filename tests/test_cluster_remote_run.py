@@ -73,6 +73,7 @@ def rows_of(storage):
     ]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_it_stopped_on_a_machine_that_has_nothing_of_it(place, url, tmp_path):
     start, _ = place
     with start() as run:
@@ -101,6 +102,7 @@ def test_a_run_goes_on_where_it_stopped_on_a_machine_that_has_nothing_of_it(plac
     assert status.directory == url
 
 
+@pytest.mark.slow
 def test_commands_take_the_url(place, url, tmp_path, monkeypatch):
     url = (tmp_path / "store" / "walks").as_uri()
     monkeypatch.setattr("cluster.session.open_storage", lambda run_dir: RemoteStorage(FailingStore(url), own=Sole))
