@@ -69,7 +69,7 @@ def problems(settings: Mapping[str, Any], untouched: Mapping[str, Any]) -> Itera
             continue
         if name not in untouched:
             yield f"{name} is neither a setting of RLlib nor a section of a run; settings are in section(name, ...)"
-        elif value != untouched[name]:
+        elif _listed(value) != _listed(untouched[name]):
             use = f"use {_SETTINGS[name]}" if name in _SETTINGS else "leave it as it is"
             yield f"{name} must be left at {untouched[name]!r}, got {value!r}: a run has no use of RLlib's own; {use}"
     callbacks = settings["callbacks"]
@@ -77,6 +77,13 @@ def problems(settings: Mapping[str, Any], untouched: Mapping[str, Any]) -> Itera
         for name in (name for name in dir(RLlibCallback) if name.startswith("on_")):
             if name not in CALLBACKS and _function(callback, name) is not getattr(RLlibCallback, name):
                 yield f"{callback.__name__} must have no {name}, which a run never calls; it has {', '.join(CALLBACKS)}"
+
+
+def _listed(value: Any) -> Any:
+    """Return a setting with its tuples as lists, which they are in a sweep that Tune has written and restored."""
+    if isinstance(value, dict):
+        return {name: _listed(part) for name, part in value.items()}
+    return [_listed(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
 def refusing(methods: Mapping[str, str]) -> Callable[[Class], Class]:

@@ -1,10 +1,12 @@
 """The RLlib shell drives the same run: configuration by methods, train, save, restore."""
 
+import json
 import math
 
 import pyarrow.parquet as pq
 import pytest
 from ray.rllib.callbacks.callbacks import RLlibCallback
+from ray.tune.utils.serialization import TuneFunctionDecoder, TuneFunctionEncoder
 
 from cluster.config import ConfigError, RunConfig, load
 from cluster.loop import train_step
@@ -49,9 +51,14 @@ def test_without_a_directory_the_run_is_in_the_log_directory(config):
 
 def test_settings_survive_rllibs_dict(config):
     """Tune hands configurations over as dicts."""
-    again = RLHF.get_default_config().update_from_dict(config.to_dict())
-    assert again.run_config(default_dir="unused") == config.run_config(default_dir="unused")
-    again.validate()
+    config.callbacks(_Notes)
+    kept = json.loads(
+        json.dumps(config.to_dict(), cls=TuneFunctionEncoder), cls=TuneFunctionDecoder, allow_cloudpickle=True
+    )
+    for settings in (config.to_dict(), kept):  # as it starts a trial, and as it restores one
+        again = RLHF.get_default_config().update_from_dict(settings)
+        assert again.run_config(default_dir="unused") == config.run_config(default_dir="unused")
+        again.validate()
 
 
 class _Notes(RLlibCallback):
