@@ -36,7 +36,8 @@ class PackedLinear(nn.Linear):
             self.packed = _pack(self.weight)
             return
         for target, rows in zip(self.packed, _pieces(self.weight), strict=True):
-            target.copy_(rows.to_mkldnn())  # another order within the same memory: no new pages
+            # From the order that it is to have: from a plain one the target would take over that.
+            target.copy_(_reordered(rows))
 
     def forward(self, input: Tensor) -> Tensor:
         """Return `input @ weight.T + bias`, [..., out]."""
@@ -97,7 +98,12 @@ def _pieces(weight: Tensor) -> Sequence[Tensor]:
 
 
 def _pack(weight: Tensor) -> list[Tensor]:
-    return [torch.ops.mkldnn._reorder_linear_weight(rows, None) for rows in _pieces(weight)]
+    return [_reordered(rows) for rows in _pieces(weight)]
+
+
+def _reordered(rows: Tensor) -> Tensor:
+    reordered: Tensor = torch.ops.mkldnn._reorder_linear_weight(rows, None)
+    return reordered
 
 
 def _product(input: Tensor, packed: Sequence[Tensor], bias: Tensor | None) -> Tensor:

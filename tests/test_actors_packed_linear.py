@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from actors import packed_linear, torch_engine
 from actors.packed_linear import PackedLinear, pack, repack
@@ -106,3 +106,27 @@ def test_an_engine_samples_with_the_weights_of_its_version(repacks, monkeypatch)
     completion = serve(engine, request("c", PROMPTS["c"]))["c", 0]
     expected = plain_logprobs(build("llama", 7), PROMPTS["c"], completion.response_ids)
     assert (np.abs(completion.logprobs - expected).max() < 1e-4) == repacks
+
+
+def order_of_weights(linear, capfd) -> str:
+    """Return how oneDNN says that the weight of a product lies in memory."""
+    capfd.readouterr()
+    with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):
+        linear(torch.ones(16, linear.in_features))
+    said = [line for line in capfd.readouterr().out.splitlines() if ",exec," in line and "wei:" in line]
+    return next(part for part in said[-1].replace(" ", ",").split(",") if part.startswith("wei:"))
+
+
+@pytest.mark.parametrize("reordered", [packed_linear._reordered, Tensor.to_mkldnn], ids=["", "planted bug"])
+@torch.no_grad()
+def test_packing_again_keeps_the_order_that_products_read_fastest(reordered, monkeypatch, capfd):
+    linear = layer((1536, 576))
+    model = nn.ModuleList([linear])
+    pack(model, is_final=True)
+    first = order_of_weights(linear, capfd)
+    linear = layer((1536, 576))
+    model = nn.ModuleList([linear])
+    monkeypatch.setattr(packed_linear, "_reordered", reordered)
+    linear.__class__, linear.packed = PackedLinear, [torch.ops.mkldnn._reorder_linear_weight(linear.weight, None)]
+    repack(model)
+    assert (order_of_weights(linear, capfd) == first) == (reordered is not Tensor.to_mkldnn)
