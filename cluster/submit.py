@@ -116,14 +116,27 @@ def environment_of(variables: Sequence[str]) -> dict[str, str]:
     return dict(text.split("=", 1) for text in variables)
 
 
-def hardware_of(client: "JobSubmissionClient") -> Hardware:
-    """Return the cluster's nodes as they are now, asked of its dashboard: this process does not join it."""
+def hardware_of(client: "JobSubmissionClient", *, timeout_s: float = 30.0) -> Hardware:
+    """Return the cluster's nodes as they are now, asked of its dashboard: this process does not join it.
+
+    The dashboard of a cluster that has just been started takes jobs before it knows of any node, so that is waited for.
+
+    Raises:
+        SubmitError: when it knows of none in time.
+    """
     from ray.util.state import list_nodes
 
     # Ray takes the nodes that have gone, and are filtered out, for missing ones.
     alive: Any = [("state", "=", "ALIVE")]
-    address = client.get_address()
-    found: list[Any] = list_nodes(address=address, filters=alive, limit=10_000, raise_on_missing_output=False)
+    address, deadline = client.get_address(), time.monotonic() + timeout_s
+    found: list[Any]
+    while not (found := list_nodes(address=address, filters=alive, limit=10_000, raise_on_missing_output=False)):
+        if time.monotonic() > deadline:
+            raise SubmitError(
+                f"the cluster at {address} must have a node, and its dashboard knows of none after {timeout_s:g} s; "
+                "see `ray status` there"
+            )
+        time.sleep(_POLL_S)
     nodes = [node_of(node.node_ip, node.resources_total, node.labels) for node in found]
     return Hardware(nodes=tuple(nodes), source=f"the Ray cluster at {address}")
 
