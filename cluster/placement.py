@@ -262,10 +262,12 @@ def enclosing_group() -> Any:
     What has no bundle there waits without an end and without a word.
     """
     import ray
+
+    if not ray.get_runtime_context().should_capture_child_tasks_in_placement_group:
+        return None
     from ray.util.placement_group import get_current_placement_group
 
-    is_inside = ray.get_runtime_context().should_capture_child_tasks_in_placement_group
-    return get_current_placement_group() if is_inside else None
+    return get_current_placement_group()
 
 
 def trial_cores(bundles: Sequence[Mapping[str, float]]) -> int:

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -134,6 +135,9 @@ class FakeRay:
 
     def nodes(self):
         return [{"Alive": True, "Resources": {"CPU": 2.0}}]
+
+    def get_runtime_context(self):
+        return SimpleNamespace(should_capture_child_tasks_in_placement_group=False)
 
 
 def test_joining_ray_leaves_sigterm_to_the_stop_request(monkeypatch):

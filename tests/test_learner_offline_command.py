@@ -59,10 +59,10 @@ def test_the_command_learns_and_measures_from_a_start_that_is_trained_once(tmp_p
     rows = pq.read_table(tmp_path / "out" / "evaluation.parquet")
     assert rows.schema.equals(SCORED)
     assert load(OfflineConfig, str(tmp_path / "out" / "training.yaml")) == config
-    (cached,) = os.listdir(tmp_path / "cache" / "sft")
+    (cached,) = (tmp_path / "cache" / "sft").glob("*/config.json")
     run_offline(load(OfflineConfig, config_file, ["algorithm=ilql"]))
     assert "supervised start" not in capsys.readouterr().out
-    assert os.listdir(tmp_path / "cache" / "sft") == [cached]
+    assert list((tmp_path / "cache" / "sft").glob("*/config.json")) == [cached]
     assert os.path.isfile(tmp_path / "out" / "value_heads.safetensors")
 
 

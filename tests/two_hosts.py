@@ -75,8 +75,10 @@ def plug_in(address: str) -> None:
 
 
 def _host(stack: ExitStack, address: str) -> Host:
-    # Forked, as this process has loaded torch already.
-    process = ProcessPoolExecutor(1, mp_context=get_context("fork"), initializer=_end_with_parent)
+    # Not forked from this process, which may be in a process group; what takes long to load is loaded once for all.
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch.distributed", "transformers.models.llama.modeling_llama"])
+    process = ProcessPoolExecutor(1, mp_context=context, initializer=_end_with_parent)
     stack.callback(process.shutdown, cancel_futures=True)
     return Host(address=address, _process=process)
 
