@@ -18,8 +18,8 @@ demo: $(STAMP)  ## Train SmolLM2 from human ratings, end to end; about 15 minute
 test: $(STAMP)  ## Run the tests that need neither a GPU nor patience
 	@$(BIN)/python -m pytest -q $(TESTS)
 
-runs: $(STAMP)  ## Run what tests of whole runs the others leave out: ahead of the learner, taking turns, interrupted, in a store; 5 minutes
-	@$(BIN)/python -m pytest -q -n 0 -m slow tests/test_cluster_run.py tests/test_cluster_remote_run.py -k "ahead_of or turns_with or interrupt or remote_run"
+runs: $(STAMP)  ## Run what tests of whole runs the others leave out: continued, ahead of the learner, taking turns, interrupted, in a store; 6 minutes
+	@$(BIN)/python -m pytest -q -n 0 -m slow tests/test_cluster_run.py tests/test_cluster_remote_run.py -k "continued or ahead_of or turns_with or interrupt or remote_run"
 
 faults: $(STAMP)  ## Kill, freeze and starve the processes of real runs, and simulate thousands more; about 20 minutes
 	@$(BIN)/python -m pytest -q -m "slow or not slow" tests/test_cluster_faults.py tests/test_cluster_ranks.py tests/test_cluster_run.py

@@ -94,6 +94,7 @@ def test_summary_names_the_malformed_row_and_conserves_groups(straight, data):
     assert [(row["file"], row["line"]) for row in summary["quarantined_rows"]] == [(str(data / "prompts.jsonl"), 9)]
 
 
+@pytest.mark.slow
 def test_stopped_and_continued_equals_uninterrupted_to_the_bit(straight, ray_cluster, data):
     directory = straight.parent / "stopped"
     with Run(_config(directory, data)) as run:
