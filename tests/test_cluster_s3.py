@@ -59,7 +59,8 @@ try:
         started = run.step
         train(run)
     seen = {disk.name: sorted({path.name for path in disk.glob("fetched/*/*/*")}) for disk in root.glob("disk-of-*")}
-    left = [str(found) for disk in root.glob("disk-of-*") for found in (disk / "staging").glob("*/*")]
+    staged = [found for disk in root.glob("disk-of-*") for found in (disk / "staging").glob("*/*")]
+    left = [str(found) for found in staged if f"-{os.getpid()}-" not in str(found)]  # this process's go when it ends
 
     with Run(config(root / "straight")) as run:  # on a disk, and in one go
         train(run)
