@@ -135,7 +135,7 @@ def check_data(data: PromptsConfig | DataConfig, *, where: str = "data", elsewhe
     is_there = elsewhere and os.path.isabs(data.path or "")
     if data.make:
         yield from _function(f"{where}.make.function", data.make.function, data.make.arguments)
-    elif data.path and "://" not in data.path and not (is_there or os.path.exists(data.path)):
+    elif data.path and not is_url(data.path) and not (is_there or os.path.exists(data.path)):
         yield f"{where}.path must be an existing file or directory, got {data.path!r}; {_PATHS}"
 
 

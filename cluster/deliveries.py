@@ -11,7 +11,6 @@ An attempt has a name of its own, so that what a lost rank still brings disturbs
 """
 
 import errno
-import fcntl
 import os
 import secrets
 import shutil
@@ -20,7 +19,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
-from actors.cache import cache_directory, content_hash
+from actors.cache import cache_directory, content_hash, locked
 from cluster.checkpoints import MANIFEST, files_of, parse_manifest, render_manifest, sha256_of
 from cluster.object_store import ObjectStore, is_url
 
@@ -101,14 +100,11 @@ def fetched(directory: str) -> str:
     above, attempt = directory.rstrip("/").rsplit("/", 1)
     kind, name = above.rsplit("/", 1)
     root = os.path.join(cache_directory(), "fetched", content_hash(kind))
-    os.makedirs(root, exist_ok=True)
     local = os.path.join(root, f"{name}-{attempt}")
-    with open(os.path.join(root, ".lock"), "w", encoding="ascii") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(root):
         if not os.path.isdir(local):
-            for other in os.listdir(root):
-                if other != ".lock":
-                    shutil.rmtree(os.path.join(root, other))
+            if os.path.isdir(root):
+                shutil.rmtree(root)
             _fetch(ObjectStore(above), attempt, f"{local}.part")
             os.rename(f"{local}.part", local)
     return local

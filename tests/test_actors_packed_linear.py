@@ -121,12 +121,8 @@ def order_of_weights(linear, capfd) -> str:
 @torch.no_grad()
 def test_packing_again_keeps_the_order_that_products_read_fastest(reordered, monkeypatch, capfd):
     linear = layer((1536, 576))
-    model = nn.ModuleList([linear])
-    pack(model, is_final=True)
+    linear.__class__, linear.packed = PackedLinear, packed_linear._pack(linear.weight)
     first = order_of_weights(linear, capfd)
-    linear = layer((1536, 576))
-    model = nn.ModuleList([linear])
     monkeypatch.setattr(packed_linear, "_reordered", reordered)
-    linear.__class__, linear.packed = PackedLinear, [torch.ops.mkldnn._reorder_linear_weight(linear.weight, None)]
-    repack(model)
+    repack(nn.ModuleList([linear]))
     assert (order_of_weights(linear, capfd) == first) == (reordered is not Tensor.to_mkldnn)
