@@ -70,7 +70,7 @@ class Completion:
 class EngineStats:
     """Counters since the engine was built; seconds are wall time inside the engine."""
 
-    num_prefill_tokens: int = 0
+    num_prefill_tokens: int = 0  # computed; those that a prompt shares with another one are not
     num_decode_tokens: int = 0
     num_decode_steps: int = 0
     num_decode_rows: int = 0  # rows computed, padding included: the waste is num_decode_rows - num_decode_tokens

@@ -3,14 +3,15 @@
 A product of few rows with a large matrix, which is what decoding a token is, spends much of its time bringing the
 matrix into that order.  Weights that stay for many products are brought into it once.  On SmolLM2-135M with 32 rows
 the layers take a little more than half the time (`benchmarks/engine.py`), for as much memory again as the weights have
-where those still change.
+where those still change.  Layers that take the same input, such as those of query, key and value, become one product.
 
 float32 on a CPU only.  A layer is packed if, on this very processor, a row has the same bits in every company then,
 which is what the torch engine and the judges promise; that is tried out once for each shape.
 """
 
 import logging
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -24,24 +25,59 @@ _PIECE_BYTES = 2**24
 _TOLERANCE = 1e-4  # of the largest value: two orders of summing differ by less, a wrong product by far more
 
 
+_SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""What transformers calls layers of one module that take the same input."""
+
+
 class PackedLinear(nn.Linear):
-    """A linear layer without gradient whose products read the packed copy; `weight` is what was packed."""
+    """A linear layer without gradient, a part of a packed product; `weight` is what was packed."""
 
-    packed: list[Tensor]
-    """Of some rows of the weight each, one after another."""
-
-    def repack(self) -> None:
-        """Pack the weight as it is now, in place where there is a place."""
-        if not self.packed:
-            self.packed = _pack(self.weight)
-            return
-        for target, rows in zip(self.packed, _pieces(self.weight), strict=True):
-            # From the order that it is to have: from a plain one the target would take over that.
-            target.copy_(_reordered(rows))
+    product: "PackedProduct"
+    part: int
 
     def forward(self, input: Tensor) -> Tensor:
         """Return `input @ weight.T + bias`, [..., out]."""
-        return _product(input, self.packed, self.bias)
+        return self.product.take(self.part, input)
+
+
+class PackedProduct:
+    """The product of an input with one layer, or with several that take the same input, one after another.
+
+    The first of several that is asked for computes all.  Nothing rests on the guess that they take the same input:
+    another one is computed for whoever brings it.
+    """
+
+    def __init__(self, layers: Sequence[PackedLinear]) -> None:
+        self._layers = layers
+        self._sizes = [layer.out_features for layer in layers]
+        self._input: Tensor | None = None
+        self._results: list[Tensor | None] = []  # for that input, until taken
+        self.packed: list[Tensor] = []
+        """Of some rows of the weights each, one after another."""
+        self._bias: Tensor | None = None
+        self.repack()
+
+    def take(self, part: int, input: Tensor) -> Tensor:
+        """Return the result of layer `part`."""
+        if len(self._sizes) == 1:
+            return _product(input, self.packed, self._bias)
+        if input is not self._input or self._results[part] is None:
+            self._input, self._results = input, list(_product(input, self.packed, self._bias).split(self._sizes, -1))
+        result, self._results[part] = self._results[part], None
+        assert result is not None, "a product has a result for each of its layers"
+        if not any(waiting is not None for waiting in self._results):
+            self._input = None
+        return result
+
+    def repack(self) -> None:
+        """Pack the weights as they are now, in place where there is a place."""
+        weight, self._bias = _together(self._layers)
+        if not self.packed:
+            self.packed = _pack(weight)
+            return
+        for target, rows in zip(self.packed, _pieces(weight), strict=True):
+            # From the order that it is to have: from a plain one the target would take over that.
+            target.copy_(_reordered(rows))
 
 
 def pack(model: nn.Module, *, is_final: bool = False) -> int:
@@ -57,21 +93,20 @@ def pack(model: nn.Module, *, is_final: bool = False) -> int:
         return 0
     keeps_bits: dict[torch.Size, bool] = {}
     count = 0
-    for layer in model.modules():
-        if type(layer) is not nn.Linear or layer.weight.device.type != "cpu" or layer.weight.dtype != torch.float32:
-            continue
-        shape = layer.weight.shape
+    for layers in _candidates(model):
+        weight, _ = _together(layers)
+        shape = weight.shape
         if shape not in keeps_bits:
-            keeps_bits[shape] = _keeps_bits(layer.weight)
+            keeps_bits[shape] = _keeps_bits(weight)
             if not keeps_bits[shape]:
                 logger.info("products with a %s matrix depend on their company when packed: not packed", tuple(shape))
         if keeps_bits[shape]:
-            layer.__class__ = PackedLinear
-            layer.packed = _pack(layer.weight)  # type: ignore[assignment]
+            _take_over(layers)
             if is_final:
-                nothing = torch.full((), torch.nan).expand(shape)
-                layer.weight = nn.Parameter(nothing, requires_grad=False)
-            count += 1
+                for layer in layers:
+                    nothing = torch.full((), torch.nan).expand(layer.weight.shape)
+                    layer.weight = nn.Parameter(nothing, requires_grad=False)
+            count += len(layers)
     if not is_final:
         repack(model)  # the first time takes memory that later ones have again: now, not beside an update's buckets
     return count
@@ -79,22 +114,68 @@ def pack(model: nn.Module, *, is_final: bool = False) -> int:
 
 def repack(model: nn.Module) -> None:
     """Pack all packed layers again, after their weights have changed."""
-    for layer in model.modules():
-        if isinstance(layer, PackedLinear):
-            layer.repack()
+    for product in _products(model):
+        product.repack()
 
 
 def release(model: nn.Module) -> None:
     """Give all packed copies back; packing again takes memory for them anew."""
-    for layer in model.modules():
-        if isinstance(layer, PackedLinear):
-            layer.packed = []
+    for product in _products(model):
+        product.packed = []
+
+
+def _products(model: nn.Module) -> Iterator[PackedProduct]:
+    layers = (layer for layer in model.modules() if isinstance(layer, PackedLinear))
+    return (layer.product for layer in layers if layer.part == 0)
+
+
+def _candidates(model: nn.Module) -> Iterator[list[nn.Linear]]:
+    """Yield layers that take the same input, and then each one that has not been packed with its siblings."""
+    for module in model.modules():
+        for names in _SIBLINGS:
+            layers = [getattr(module, name, None) for name in names]
+            family = [layer for layer in layers if isinstance(layer, nn.Linear) and _can_be_packed(layer)]
+            if len(family) == len(names) and _fit_together(family):
+                yield family
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and _can_be_packed(module):
+            yield [module]
+
+
+def _can_be_packed(layer: nn.Linear) -> bool:
+    return type(layer) is nn.Linear and layer.weight.device.type == "cpu" and layer.weight.dtype == torch.float32
+
+
+def _fit_together(layers: Sequence[nn.Linear]) -> bool:
+    """Return whether one product takes their inputs and biases, and is not so large that it comes in pieces anyway."""
+    kinds = Counter((layer.in_features, layer.bias is None) for layer in layers)
+    return len(kinds) == 1 and sum(layer.weight.nbytes for layer in layers) <= _PIECE_BYTES
+
+
+def _together(layers: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
+    """Return the weights of layers and their biases, [outs, in] and [outs]."""
+    if len(layers) == 1:
+        return layers[0].weight.detach(), layers[0].bias
+    biases = [layer.bias.detach() for layer in layers if layer.bias is not None]
+    return torch.cat([layer.weight.detach() for layer in layers]), torch.cat(biases) if biases else None
+
+
+def _take_over(layers: Sequence[nn.Linear]) -> None:
+    parts: list[PackedLinear] = []
+    for index, layer in enumerate(layers):
+        layer.__class__ = PackedLinear
+        assert isinstance(layer, PackedLinear), "the class has just been set"
+        layer.part = index
+        parts.append(layer)
+    product = PackedProduct(parts)
+    for part in parts:
+        part.product = product
 
 
 def _pieces(weight: Tensor) -> Sequence[Tensor]:
     """Return the weight in pieces, so that packing it again takes little memory beside it."""
     rows = max(1, _PIECE_BYTES // (weight.shape[1] * weight.element_size()))
-    return weight.detach().split(rows)
+    return weight.split(rows)
 
 
 def _pack(weight: Tensor) -> list[Tensor]:

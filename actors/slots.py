@@ -17,9 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from actors import decode_attention_cpu
+
 IMPLEMENTATION = "concord_slots"
 WINDOW_MULTIPLE = 16
 """Key-value windows and padded prompts are rounded up to this, so that their bits do not depend on company."""
+
+CHUNK = 32
+"""Tokens of a prompt that attend together: what prompts share is shared in whole chunks."""
 
 HARMLESS_KEYWORDS = frozenset({"position_ids", "use_cache", "output_router_logits", "is_causal"})
 """Keywords that models hand to attention and that do not change its result here."""
@@ -99,33 +104,63 @@ class SlotCache:
 
 @dataclass(slots=True, kw_only=True)
 class Prefix:
-    """Context of a forward over one sequence alone, right-padded; collects its keys and values, [1, kv heads, T, d]."""
+    """Context of a forward over whole sequences, right-padded; collects their keys and values, [B, kv heads, T, d]."""
 
-    length: int  # of the sequence, without padding
+    length: int  # of the longest one, without padding
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: AttentionRule) -> Tensor:
         """Attend causally; padding stands behind every real position, so no real query sees it."""
-        if layer != len(self.keys):
-            raise ValueError(f"attention layers must run in order 0, 1, ..., got {layer} after {len(self.keys)}")
+        _check_order(layer, self.keys)
         self.keys.append(key)
         self.values.append(value)
         allowed = None
         if rule.softcap is not None or rule.sliding_window is not None:
-            position = torch.arange(key.shape[2], device=key.device)
-            allowed = _window(position[:, None] - position[None, :], rule.sliding_window)
-        if rule.softcap is not None:
-            return _softcapped(query, key, value, allowed, rule)
-        return F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=allowed,
-            is_causal=allowed is None,
-            scale=rule.scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
+            allowed = _causal(0, key.shape[2], rule.sliding_window, key.device)
+        return _attend(query, key, value, allowed, rule)
+
+
+class Continuation:
+    """Context of a forward over one sequence alone, right-padded, from token `known` on; `before` has those up to it.
+
+    Chunks of `CHUNK` queries attend one after another, the same ones wherever the forward starts, so that a token has
+    the same bits whether what stands before its chunk is computed with it or was there already.
+
+    Args:
+        known: tokens that are not computed, a multiple of `CHUNK`.
+        before: their keys and values, perhaps with more behind them.
+    """
+
+    def __init__(self, *, known: int = 0, before: Prefix | None = None) -> None:
+        self._known = known
+        self._before = before
+        self._allowed: dict[tuple[int, int | None], Tensor] = {}
+        self.keys: list[Tensor] = []
+        """Of all tokens, [1, kv heads, T, d] for each layer."""
+        self.values: list[Tensor] = []
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: AttentionRule) -> Tensor:
+        """Attend causally; padding stands behind every real position, so no real query sees it."""
+        _check_order(layer, self.keys)
+        if self._before is not None:
+            key = torch.cat([self._before.keys[layer][:, :, : self._known], key], dim=2)
+            value = torch.cat([self._before.values[layer][:, :, : self._known], value], dim=2)
+        self.keys.append(key)
+        self.values.append(value)
+        outputs = []
+        for chunk in query.split(CHUNK, dim=2):
+            start = self._known + sum(output.shape[2] for output in outputs)
+            end = start + chunk.shape[2]
+            allowed = self._mask(start, end, rule.sliding_window, key.device)
+            outputs.append(_attend(chunk, key[:, :, :end], value[:, :, :end], allowed, rule))
+        return torch.cat(outputs, dim=2)
+
+    def _mask(self, start: int, end: int, sliding_window: int | None, device: torch.device) -> Tensor:
+        """Return what the queries of a chunk see, [end - start, end]; made once, not per layer."""
+        if (start, sliding_window) not in self._allowed:
+            self._allowed[start, sliding_window] = _causal(start, end, sliding_window, device)
+        return self._allowed[start, sliding_window]
 
 
 class Decode:
@@ -142,13 +177,19 @@ class Decode:
         """Store the new token's key and value, attend over the slots' windows."""
         keys, values = self._cache.keys[layer], self._cache.values[layer]
         rows, heads, _, head_dim = query.shape
+        is_alike = keys.shape == values.shape
+        scaling = head_dim**-0.5 if rule.scaling is None else rule.scaling
+        if is_alike and query.device.type == "cpu" and query.dtype == torch.float32:
+            return decode_attention_cpu.decode_attention(
+                query[:, :, 0], key[:, :, 0], value[:, :, 0], keys, values, self._positions,
+                scaling=scaling, sliding_window=rule.sliding_window, softcap=rule.softcap,
+            )[:, :, None]  # fmt: skip
         # Whole lines of head_dim numbers by index_copy_: several times cheaper than assignment by two index tensors.
         lines = self._lines_of(keys)
         keys.view(-1, keys.shape[3]).index_copy_(0, lines, key.reshape(-1, key.shape[3]))
         values.view(-1, values.shape[3]).index_copy_(0, lines, value.reshape(-1, value.shape[3]))
-        kernel = _kernel() if query.is_cuda and keys.shape == values.shape else None
+        kernel = _gpu_kernel() if is_alike and query.is_cuda else None
         if kernel is not None:
-            scaling = head_dim**-0.5 if rule.scaling is None else rule.scaling
             return kernel(
                 query[:, :, 0], keys, values, self._positions, window=self._window, scaling=scaling,
                 sliding_window=rule.sliding_window, softcap=rule.softcap,
@@ -156,11 +197,7 @@ class Decode:
         keys, values = keys[:rows, :, : self._window], values[:rows, :, : self._window]
         # The query heads that share a key head become its query positions: grouped attention without repeating keys.
         grouped = query.reshape(rows, keys.shape[1], heads // keys.shape[1], head_dim)
-        allowed = self._mask(rule.sliding_window)
-        if rule.softcap is not None:
-            output = _softcapped(grouped, keys, values, allowed, rule)
-        else:
-            output = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=allowed, scale=rule.scaling)
+        output = _attend(grouped, keys, values, self._mask(rule.sliding_window), rule)
         return output.reshape(rows, heads, 1, output.shape[-1])
 
     def _lines_of(self, stored: Tensor) -> Tensor:
@@ -221,8 +258,8 @@ def _attention(
 
 
 @functools.cache
-def _kernel() -> Callable[..., Tensor] | None:
-    """Return a GPU's kernel for decoding; None where Triton, which comes with torch for GPUs, is not installed."""
+def _gpu_kernel() -> Callable[..., Tensor] | None:
+    """Return the kernel for decoding; None where Triton, which comes with torch for GPUs, is not installed."""
     try:
         from actors.decode_attention import decode_attention
     except ImportError:
@@ -236,10 +273,31 @@ def _window(distance: Tensor, sliding_window: int | None) -> Tensor:
     return allowed if sliding_window is None else allowed & (distance < sliding_window)
 
 
-def _softcapped(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None, rule: AttentionRule) -> Tensor:
+def _causal(start: int, end: int, sliding_window: int | None, device: torch.device) -> Tensor:
+    """Return which of the keys 0 .. end the queries start .. end see, [end - start, end]."""
+    position = torch.arange(end, device=device)
+    return _window(position[start:, None] - position, sliding_window)
+
+
+def _check_order(layer: int, collected: list[Tensor]) -> None:
+    if layer != len(collected):
+        raise ValueError(f"attention layers must run in order 0, 1, ..., got {layer} after {len(collected)}")
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor | None, rule: AttentionRule) -> Tensor:
+    """Return the attention output [B, heads, T, d]; without `allowed`, causally."""
+    if rule.softcap is not None:
+        assert allowed is not None, "softcap attention is called with a mask"
+        return _softcapped(query, key, value, allowed, rule)
+    is_grouped = query.shape[1] != key.shape[1]
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=allowed, is_causal=allowed is None, scale=rule.scaling, enable_gqa=is_grouped
+    )
+
+
+def _softcapped(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor, rule: AttentionRule) -> Tensor:
     """Attention with tanh-capped scores, which torch's fused kernel does not know."""
     assert rule.softcap is not None, "softcap attention is called with a cap"
-    assert allowed is not None, "softcap attention is called with a mask"
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scaling = query.shape[-1] ** -0.5 if rule.scaling is None else rule.scaling

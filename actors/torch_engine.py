@@ -189,8 +189,7 @@ class TorchEngine:
         self._stats.load_s += time.perf_counter() - start
         (self._version, mode), self._next = self._next, None
         self._asleep = False
-        for group in self._queue:
-            group.prefilled = None
+        self._forget_prompts()
         if mode == "reprefill":
             for slot, row in enumerate(self._rows):
                 self._cache.write(slot, 1, self._prefill([*row.group.request.prompt_ids, *row.tokens[:-1]])[0])
@@ -203,8 +202,7 @@ class TorchEngine:
         """Give the memory of weights and KV back; no request may be live.  The next complete update wakes it."""
         if self._rows:
             raise EngineError(f"no request must be live when the engine sleeps, got {len(self._rows)} rows; abort them")
-        for group in self._queue:
-            group.prefilled = None
+        self._forget_prompts()
         self._cache.release()
         self._weights.release()
         release(self._model)
@@ -215,6 +213,7 @@ class TorchEngine:
         """Return a snapshot of the counters."""
         return replace(
             self._stats,
+            num_prefill_tokens=self._prefiller.num_tokens,
             num_live_rows=len(self._rows),
             num_waiting_requests=len(self._queue),
             kv_bytes=self._cache.num_bytes,
@@ -243,9 +242,14 @@ class TorchEngine:
         """Run one sequence alone."""
         start = time.perf_counter()
         prefilled = self._prefiller.alone(tokens)
-        self._stats.num_prefill_tokens += len(tokens)
         self._stats.prefill_s += time.perf_counter() - start
         return prefilled
+
+    def _forget_prompts(self) -> None:
+        """Drop what the weights, which change or go, have made of prompts."""
+        self._prefiller.forget()
+        for group in self._queue:
+            group.prefilled = None
 
     def _prefill_waiting(self) -> None:
         """Run, as one batch, the prompts of the next groups that free slots are there for."""
@@ -263,7 +267,6 @@ class TorchEngine:
             prefilled = self._prefiller.together([group.request.prompt_ids for group in groups])
             for group, one in zip(groups, prefilled, strict=True):
                 group.prefilled = one
-            self._stats.num_prefill_tokens += sum(len(group.request.prompt_ids) for group in groups)
         self._stats.prefill_s += time.perf_counter() - start
 
     def _may_burst(self) -> bool:

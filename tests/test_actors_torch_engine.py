@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from actors.slots import AttentionRule, Prefix
+from actors.slots import AttentionRule, Continuation
 from tests.engine_toys import (
     EOS,
     PROMPTS,
@@ -52,13 +52,13 @@ def test_recorded_logprobs_equal_a_plain_forward(name, temperature):
 @pytest.mark.parametrize("name", ["mistral-window", "gemma2-window-softcap", "gemma3-window"])
 def test_a_hook_without_window_or_softcap_is_caught(name, monkeypatch):
     """Planted bug: the plain rule is silently wrong on these models, and the check above sees it."""
-    model, attend = build(name), Prefix.attend
+    model, attend = build(name), Continuation.attend
 
     def plain(self, layer, query, key, value, rule):
         bare = AttentionRule(scaling=rule.scaling, sliding_window=None, softcap=None)
         return attend(self, layer, query, key, value, bare)
 
-    monkeypatch.setattr(Prefix, "attend", plain)
+    monkeypatch.setattr(Continuation, "attend", plain)
     completion = serve(make_engine(name), request("c", PROMPTS["c"]))["c", 0]
     expected = plain_logprobs(model, PROMPTS["c"], completion.response_ids)
     assert np.abs(completion.logprobs - expected).max() > 1e-2

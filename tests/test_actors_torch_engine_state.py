@@ -163,7 +163,7 @@ def test_a_sleeping_engine_has_no_weights_and_an_update_brings_them_back(pack_we
     engine.sleep()
     model = engine._model
     assert not any(parameter.numel() for parameter in model.parameters())
-    assert not any(layer.packed for layer in model.modules() if isinstance(layer, PackedLinear))
+    assert not any(layer.product.packed for layer in model.modules() if isinstance(layer, PackedLinear))
     named = weights("llama", 0)
     engine.begin_update(1, "drain")
     engine.load(named[:-1])
