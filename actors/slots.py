@@ -17,8 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from actors import decode_attention_cpu
-
 IMPLEMENTATION = "concord_slots"
 WINDOW_MULTIPLE = 16
 """Key-value windows and padded prompts are rounded up to this, so that their bits do not depend on company."""
@@ -180,7 +178,7 @@ class Decode:
         is_alike = keys.shape == values.shape
         scaling = head_dim**-0.5 if rule.scaling is None else rule.scaling
         if is_alike and query.device.type == "cpu" and query.dtype == torch.float32:
-            return decode_attention_cpu.decode_attention(
+            return _cpu_kernel()(
                 query[:, :, 0], key[:, :, 0], value[:, :, 0], keys, values, self._positions,
                 scaling=scaling, sliding_window=rule.sliding_window, softcap=rule.softcap,
             )[:, :, None]  # fmt: skip
@@ -255,6 +253,14 @@ def _attention(
             )
     layer = cast(int, module.layer_idx)
     return context.attend(layer, query, key, value, rule).transpose(1, 2), None
+
+
+@functools.cache
+def _cpu_kernel() -> Callable[..., Tensor]:
+    """Return the kernel for decoding, which brings a compiler that other engines' processes do without."""
+    from actors.decode_attention_cpu import decode_attention
+
+    return decode_attention
 
 
 @functools.cache

@@ -12,10 +12,12 @@ process.
 """
 
 import os
+import sys
 import tempfile
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -99,7 +101,8 @@ class VLLMEngine:
             # Children of this process, not Ray actors: its GPUs are theirs.
             distributed_executor_backend="mp" if tensor_parallel > 1 else None,
         )
-        self._engine = LLMEngine.from_engine_args(arguments)
+        with _hidden("llvmlite.binding.ffi"):
+            self._engine = LLMEngine.from_engine_args(arguments)
         self._has_processes = tensor_parallel > 1
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
@@ -259,6 +262,21 @@ class VLLMEngine:
         if reason == "stop":
             finish = "eos" if row.tokens[-1] in self._eos_ids else "stop"
         return self._endings.completion(row, finish)
+
+
+@contextmanager
+def _hidden(module: str) -> Iterator[None]:
+    """Take a module out of sight of those who look through all that are loaded.
+
+    vLLM 0.32 does, for its kernels, and stumbles over the library that Numba's compiler is wrapped in, which answers to
+    every name: `vllm/triton_utils/dispatcher.py`.
+    """
+    loaded = sys.modules.pop(module, None)
+    try:
+        yield
+    finally:
+        if loaded is not None:
+            sys.modules[module] = loaded
 
 
 def _reload_file(worker: Any, path: str) -> None:
