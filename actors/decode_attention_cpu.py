@@ -2,8 +2,8 @@
 
 Every row reads its own keys and no more, however long its neighbours are, and the query heads that share a key head
 read it together; what is needed next is fetched while the processor computes.  A row is computed alone, so its bits are
-the same in any company.  torch's own kernel reads every row up to the longest one's end, by products too small for the
-maths library: `benchmarks/decode_attention.py` has both.
+the same in any company.  torch's own kernel reads every row up to the longest one's end, in products too small for the
+maths library: it takes three times as long for 16 rows of SmolLM2-135M.
 
 The reference is `actors.slots.Decode` with torch's own attention.  Numba compiles once for each shape of heads, in a
 second or two, and keeps the result beside this file or in the user's cache.  One thread, whatever torch has.
@@ -72,7 +72,6 @@ def decode_attention(
 def _kernel(shared: int, head_dim: int) -> Callable[..., None]:
     """Return the kernel for `shared` query heads to a key head; constants, so that its loops become straight code."""
 
-    @_compiled(cache=True)
     def attend(  # type: ignore[no-untyped-def]
         query, key, value, keys, values, positions, output, scaling, sliding_window, softcap
     ):
@@ -94,7 +93,10 @@ def _kernel(shared: int, head_dim: int) -> Callable[..., None]:
                     _softmax(scores[index, : end - first], exponents, scaling, softcap)
                 _average(result, scores, its_values, keys, line + max_len, shared, head_dim)
 
-    kernel: Callable[..., None] = attend
+    try:
+        kernel: Callable[..., None] = _compiled(cache=True)(attend)
+    except RuntimeError:  # neither this directory nor the user's cache can be written
+        kernel = _compiled()(attend)
     return kernel
 
 

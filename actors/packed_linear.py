@@ -50,8 +50,7 @@ class PackedProduct:
     def __init__(self, layers: Sequence[PackedLinear]) -> None:
         self._layers = layers
         self._sizes = [layer.out_features for layer in layers]
-        self._input: Tensor | None = None
-        self._results: list[Tensor | None] = []  # for that input, until taken
+        self._waiting: tuple[Tensor, list[Tensor | None]] | None = None  # an input and its results, until taken
         self.packed: list[Tensor] = []
         """Of some rows of the weights each, one after another."""
         self._bias: Tensor | None = None
@@ -61,12 +60,14 @@ class PackedProduct:
         """Return the result of layer `part`."""
         if len(self._sizes) == 1:
             return _product(input, self.packed, self._bias)
-        if input is not self._input or self._results[part] is None:
-            self._input, self._results = input, list(_product(input, self.packed, self._bias).split(self._sizes, -1))
-        result, self._results[part] = self._results[part], None
+        waiting = self._waiting  # once, as threads may share a judge
+        if waiting is None or waiting[0] is not input or waiting[1][part] is None:
+            waiting = self._waiting = (input, list(_product(input, self.packed, self._bias).split(self._sizes, -1)))
+        results = waiting[1]
+        result, results[part] = results[part], None
         assert result is not None, "a product has a result for each of its layers"
-        if not any(waiting is not None for waiting in self._results):
-            self._input = None
+        if not any(other is not None for other in results):
+            self._waiting = None
         return result
 
     def repack(self) -> None:

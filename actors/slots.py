@@ -144,6 +144,8 @@ class Continuation:
         if self._before is not None:
             key = torch.cat([self._before.keys[layer][:, :, : self._known], key], dim=2)
             value = torch.cat([self._before.values[layer][:, :, : self._known], value], dim=2)
+        # In one order in memory whether there is something before or not; and apart from what they were computed with.
+        key, value = key.contiguous(), value.contiguous()
         self.keys.append(key)
         self.values.append(value)
         outputs = []

@@ -5,8 +5,11 @@ and values are copied into slots 0-2; q is prefilled and its first sample takes 
 the slots 0-3.  When p's sample in slot 1 ends, the sample of slot 3 moves into the hole, so live rows stay dense, and
 slot 3 goes to q's second sample before the next token is decoded.
 
+A prompt that begins as the one before it did takes the keys and values of that beginning from there.
+
 On a CPU in float32 a sample's tokens and log-probs have the same bits alone and in any company.  This rests on: prompts
-prefilled alone, rows padded to a multiple of four, key-value windows rounded up, random numbers without state
+prefilled alone, in chunks that stand at the same places always (`actors.slots.Continuation`), rows padded to a multiple
+of four, attention that computes each row by itself (`actors.decode_attention_cpu`), random numbers without state
 (`actors.sampling`), and `MKL_CBWR=AVX2,STRICT` in the environment before torch is loaded.
 """
 

@@ -12,51 +12,21 @@ if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed (it comes with torch for GPUs)", allow_module_level=True)
 
 from actors import decode_attention as kernels
+from tests.decode_cases import SHAPES, inputs, reference
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-SHAPES = {  # rows, heads, kv heads, head_dim, max_len
-    "few rows, long": (2, 4, 2, 64, 400),
-    "one head each": (5, 3, 3, 32, 96),
-    "many heads share": (3, 20, 1, 16, 144),
-    "odd width": (4, 6, 2, 24, 80),
-}
 HALF = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16
 """The interpreter computes with numpy, which has no bfloat16."""
 TOLERANCE = {torch.float32: 2e-6, HALF: 1e-2}
 
 
-def inputs(name, dtype=torch.float32):
-    rows, heads, kv_heads, head_dim, max_len = SHAPES[name]
-    generator = torch.Generator().manual_seed(0)
-    query = torch.randn(rows, heads, head_dim, generator=generator)
-    # a slot more than rows, and rubbish where nothing has been stored
-    keys, values = (torch.randn(rows + 1, kv_heads, max_len, head_dim, generator=generator) for _ in range(2))
-    positions = torch.randint(0, max_len, (rows,), generator=generator)
-    positions[0], positions[-1] = 0, max_len - 1
-    for row, position in enumerate(positions.tolist()):
-        keys[row, :, position + 1 :] = 1e3
-        values[row, :, position + 1 :] = torch.nan
-    return [one.to(DEVICE, dtype) for one in (query, keys, values)], positions.to(DEVICE)
-
-
-def reference(query, keys, values, positions, *, scaling, sliding_window=None, softcap=None):
-    """Attention row by row and head by head, in float64."""
-    shared = query.shape[1] // keys.shape[1]
-    output = torch.empty(query.shape, dtype=torch.float64)
-    for row, position in enumerate(positions.tolist()):
-        first = 0 if sliding_window is None else max(0, position + 1 - sliding_window)
-        for head in range(query.shape[1]):
-            k = keys[row, head // shared, first : position + 1].cpu().double()
-            v = values[row, head // shared, first : position + 1].cpu().double()
-            scores = k @ query[row, head].cpu().double() * scaling
-            if softcap is not None:
-                scores = torch.tanh(scores / softcap) * softcap
-            output[row, head] = torch.softmax(scores, 0) @ v
-    return output
+def on_device(name, dtype=torch.float32):
+    tensors, positions = inputs(name, dtype)
+    return [one.to(DEVICE) for one in tensors], positions.to(DEVICE)
 
 
 def error(name, dtype=torch.float32, *, reference_softcap=None, **rule):
-    (query, keys, values), positions = inputs(name, dtype)
+    (query, keys, values), positions = on_device(name, dtype)
     scaling = query.shape[-1] ** -0.5
     found = kernels.decode_attention(query, keys, values, positions, window=keys.shape[2], scaling=scaling, **rule)
     expected = reference(query, keys, values, positions, scaling=scaling, **rule | (reference_softcap or {}))
@@ -88,7 +58,7 @@ def test_however_the_keys_are_divided(programs, monkeypatch):
 
 def test_lost_parts_are_seen(monkeypatch):
     """Planted bug: a window that is too short for a row's keys makes fewer parts, and none is lost; a part is."""
-    (query, keys, values), positions = inputs("few rows, long")
+    (query, keys, values), positions = on_device("few rows, long")
     whole = kernels.decode_attention(query, keys, values, positions, window=400, scaling=0.1)
     positions[-1] -= 64
     fewer = kernels.decode_attention(query, keys, values, positions, window=400, scaling=0.1)

@@ -48,6 +48,87 @@ def test_products_are_right_and_a_row_keeps_its_bits_in_any_company(shape, bias,
         torch.set_num_threads(threads)
 
 
+class Attention(nn.Module):
+    """Three layers that transformers calls with one input, usually."""
+
+    def __init__(self, sizes=(64, 16, 24), biases=(True, True, True)):
+        super().__init__()
+        layers = [layer((size, 32), bias=bias) for size, bias in zip(sizes, biases, strict=True)]
+        self.q_proj, self.k_proj, self.v_proj = layers
+
+    def forward(self, first, second=None):
+        second = first if second is None else second
+        return self.q_proj(first), self.k_proj(second), self.v_proj(first)
+
+    @property
+    def num_products(self):
+        return len({id(one.product) for one in self.children()})
+
+
+def rows_of(count, seed=1):
+    return torch.randn(count, 1, 32, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@torch.no_grad()
+def test_layers_with_one_input_are_one_product(has_bias):
+    attention, rows = Attention(biases=(has_bias,) * 3), rows_of(32)
+    expected = attention(rows)
+    assert pack(attention) == 3
+    assert attention.num_products == 1
+    found = attention(rows)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    for count in (4, 5, 12):
+        for part, whole in zip(attention(rows[-count:]), found, strict=True):
+            assert torch.equal(part, whole[-count:])
+    for one in attention.children():
+        one.weight.mul_(2.0)
+        if has_bias:
+            one.bias.mul_(2.0)
+    repack(attention)
+    for part, whole in zip(attention(rows), found, strict=True):
+        assert torch.equal(part, 2.0 * whole)
+
+
+def keep_forever(product, part, input):
+    """Planted bug: what was computed for an input stays, whatever becomes of it."""
+    if product._waiting is None or product._waiting[0] is not input:
+        results = packed_linear._product(input, product.packed, product._bias).split(product._sizes, -1)
+        product._waiting = input, list(results)
+    return product._waiting[1][part]
+
+
+@pytest.mark.parametrize("take", [packed_linear.PackedProduct.take, keep_forever], ids=["", "planted bug"])
+@torch.no_grad()
+def test_nothing_rests_on_the_input_being_the_same(take, monkeypatch):
+    attention, first, second = Attention(), rows_of(8, 1), rows_of(8, 2)
+    different, changed = attention(first, second), attention(2.0 * first)
+    pack(attention)
+    monkeypatch.setattr(packed_linear.PackedProduct, "take", take)
+    close = {"rtol": 1e-4, "atol": 1e-4}
+    torch.testing.assert_close(attention(first, second), different, **close)
+    attention(first)
+    first.mul_(2.0)  # in place, as whoever keeps one buffer for all steps would
+    is_right = all(torch.allclose(*pair, **close) for pair in zip(attention(first), changed, strict=True))
+    assert is_right == (take is not keep_forever)
+
+
+@pytest.mark.parametrize(
+    ("attention", "piece_bytes"),
+    [
+        pytest.param(Attention(biases=(True, False, False)), 2**24, id="a bias of one alone"),
+        pytest.param(Attention(), 2**12, id="larger than a piece"),
+    ],
+)
+@torch.no_grad()
+def test_layers_that_do_not_fit_together_are_packed_one_by_one(attention, piece_bytes, monkeypatch):
+    monkeypatch.setattr(packed_linear, "_PIECE_BYTES", piece_bytes)
+    expected = attention(rows_of(8))
+    assert pack(attention) == 3
+    assert attention.num_products == 3
+    torch.testing.assert_close(attention(rows_of(8)), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_layers_that_are_not_plain_float32_stay_as_they_are():
     half, taken = layer((64, 64)).bfloat16(), layer((64, 64))
     taken.__class__ = ScoringLinear

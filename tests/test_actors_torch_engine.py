@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from actors.prefill import Prefiller
 from actors.slots import AttentionRule, Continuation
 from tests.engine_toys import (
     EOS,
@@ -18,6 +19,8 @@ from tests.engine_toys import (
     request,
     run,
     serve,
+    update,
+    weights,
 )
 
 
@@ -102,6 +105,37 @@ def test_shared_prompt_equals_separate_prompts(name):
         separate = run(engine)["x", index]
         assert_same_bits(shared["x", index], separate)
     assert len({tuple(completion.response_ids) for completion in shared.values()}) == 4  # samples differ
+
+
+LONG = [(index * index) % 37 for index in range(70)]
+"""Two whole chunks of 32 tokens and a rest."""
+
+
+@every_architecture
+def test_what_prompts_share_is_computed_once_and_has_the_same_bits(name):
+    engine = make_engine(name)
+    others = {"e": [*LONG[:66], 1, 2, 3], "f": LONG[:64], "g": LONG[:40], "h": [5, *LONG[:60]]}
+    known = {"e": 64, "f": 32, "g": 32, "h": 0}  # never all of a prompt, whose last token must be computed
+    serve(engine, request("long", LONG))
+    for key, prompt in others.items():
+        before = engine.stats().num_prefill_tokens
+        after_another = serve(engine, request(key, prompt, 2))
+        assert engine.stats().num_prefill_tokens - before == len(prompt) - known[key]
+        alone = serve(make_engine(name), request(key, prompt, 2))
+        for index in range(2):
+            assert_same_bits(after_another[key, index], alone[key, index])
+
+
+@pytest.mark.parametrize("forgets", [True, False], ids=["", "planted bug"])
+def test_new_weights_compute_a_prompt_anew(forgets, monkeypatch):
+    if not forgets:
+        monkeypatch.setattr(Prefiller, "forget", lambda prefiller: None)
+    engine = make_engine()
+    serve(engine, request("x", LONG))
+    update(engine, 1, weights("llama", 7))
+    completion = serve(engine, request("x", LONG))["x", 0]
+    expected = plain_logprobs(build("llama", 7), LONG, completion.response_ids)
+    assert (np.abs(completion.logprobs - expected).max() < 1e-4) == forgets
 
 
 def test_slots_are_refilled_at_once_and_kept_dense():
