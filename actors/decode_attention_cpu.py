@@ -179,7 +179,7 @@ def _softmax(scores, exponents, scaling, softcap):  # type: ignore[no-untyped-de
         scores[place] /= total
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def _prefetch(typing_context, array, index):  # type: ignore[no-untyped-def]
     """Ask for the line of the cache that holds `array[index]`, for reading; waits for nothing."""
 

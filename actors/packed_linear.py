@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 _PROBE_SEED = 20240317
 _PROBE_ROWS = (4, 7, 12, 32, 61, 128, 256)
-_PIECE_BYTES = 2**24
+_PIECE_BYTES = 2**27  # so that the head of a small model is one product, without a copy of all its logits
 _TOLERANCE = 1e-4  # of the largest value: two orders of summing differ by less, a wrong product by far more
 
 
@@ -43,14 +43,14 @@ class PackedLinear(nn.Linear):
 class PackedProduct:
     """The product of an input with one layer, or with several that take the same input, one after another.
 
-    The first of several that is asked for computes all.  Nothing rests on the guess that they take the same input:
-    another one is computed for whoever brings it.
+    The first of several, which models ask for first, computes all of them anew, each time.  Nothing rests on the guess
+    that they take the same input: another one is computed for whoever brings it.
     """
 
     def __init__(self, layers: Sequence[PackedLinear]) -> None:
         self._layers = layers
         self._sizes = [layer.out_features for layer in layers]
-        self._waiting: tuple[Tensor, list[Tensor | None]] | None = None  # an input and its results, until taken
+        self._waiting: tuple[Tensor, dict[int, Tensor]] | None = None  # an input, and its results that others will take
         self.packed: list[Tensor] = []
         """Of some rows of the weights each, one after another."""
         self._bias: Tensor | None = None
@@ -61,13 +61,15 @@ class PackedProduct:
         if len(self._sizes) == 1:
             return _product(input, self.packed, self._bias)
         waiting = self._waiting  # once, as threads may share a judge
-        if waiting is None or waiting[0] is not input or waiting[1][part] is None:
-            waiting = self._waiting = (input, list(_product(input, self.packed, self._bias).split(self._sizes, -1)))
-        results = waiting[1]
-        result, results[part] = results[part], None
-        assert result is not None, "a product has a result for each of its layers"
-        if not any(other is not None for other in results):
-            self._waiting = None
+        if part > 0 and waiting is not None and waiting[0] is input and part in waiting[1]:
+            result = waiting[1].pop(part)
+            if not waiting[1]:
+                self._waiting = None
+            return result
+        results = dict(enumerate(_product(input, self.packed, self._bias).split(self._sizes, dim=-1)))
+        result = results.pop(part)
+        if part == 0:
+            self._waiting = (input, results)
         return result
 
     def repack(self) -> None:

@@ -148,7 +148,7 @@ class Continuation:
         key, value = key.contiguous(), value.contiguous()
         self.keys.append(key)
         self.values.append(value)
-        outputs = []
+        outputs: list[Tensor] = []
         for chunk in query.split(CHUNK, dim=2):
             start = self._known + sum(output.shape[2] for output in outputs)
             end = start + chunk.shape[2]

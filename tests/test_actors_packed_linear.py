@@ -94,7 +94,7 @@ def keep_forever(product, part, input):
     """Planted bug: what was computed for an input stays, whatever becomes of it."""
     if product._waiting is None or product._waiting[0] is not input:
         results = packed_linear._product(input, product.packed, product._bias).split(product._sizes, -1)
-        product._waiting = input, list(results)
+        product._waiting = input, dict(enumerate(results))
     return product._waiting[1][part]
 
 
@@ -137,7 +137,7 @@ def test_layers_that_are_not_plain_float32_stay_as_they_are():
     assert type(half) is nn.Linear
 
 
-@pytest.mark.parametrize("piece_bytes", [2**24, 2**12])
+@pytest.mark.parametrize("piece_bytes", [2**27, 2**12])
 @torch.no_grad()
 def test_a_changed_weight_counts_from_repacking_on_and_takes_no_new_memory(piece_bytes, monkeypatch):
     monkeypatch.setattr(packed_linear, "_PIECE_BYTES", piece_bytes)
