@@ -10,7 +10,6 @@ which is what the torch engine and the judges promise; that is tried out once fo
 """
 
 import logging
-from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -151,7 +150,7 @@ def _can_be_packed(layer: nn.Linear) -> bool:
 
 def _fit_together(layers: Sequence[nn.Linear]) -> bool:
     """Return whether one product takes their inputs and biases, and is not so large that it comes in pieces anyway."""
-    kinds = Counter((layer.in_features, layer.bias is None) for layer in layers)
+    kinds = {(layer.in_features, layer.bias is None) for layer in layers}
     return len(kinds) == 1 and sum(layer.weight.nbytes for layer in layers) <= _PIECE_BYTES
 
 
