@@ -83,11 +83,14 @@ class Changes:
     values: np.ndarray  # [n] words
 
 
+Raw = np.ndarray | Tensor
+"""The bytes of a bucket, [N] uint8; a tensor may be on a device."""
+
 Load = Tensor | Part | Changes
 """What an engine takes for a name: a whole tensor, or one part of it after the other."""
 
 
-def dtype_name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype | np.dtype) -> str:
     """Return e.g. "float32"."""
     return str(dtype).removeprefix("torch.")
 
@@ -101,23 +104,24 @@ def layout(sizes: Sequence[int]) -> tuple[list[int], int]:
     return offsets, end
 
 
-def unpack_bucket(buffer: np.ndarray, entries: Sequence[TensorEntry]) -> list[tuple[str, Load]]:
+def unpack_bucket(buffer: Raw, entries: Sequence[TensorEntry]) -> list[tuple[str, Load]]:
     """Return the tensors of a buffer, which they share, after checking its size and every fingerprint.
 
     Raises:
         WeightError: naming the tensor whose bytes are not the announced ones.
     """
     offsets, size = layout([entry.num_bytes for entry in entries])
-    if buffer.dtype != np.uint8 or buffer.shape != (size,):
+    if dtype_name(buffer.dtype) != "uint8" or tuple(buffer.shape) != (size,):
         raise WeightError(
-            f"a bucket must be {size} bytes of uint8, got {buffer.shape} of {buffer.dtype} "
+            f"a bucket must be {size} bytes of uint8, got {tuple(buffer.shape)} of {dtype_name(buffer.dtype)} "
             f"({entries[0].name if entries else 'empty'}, ...); publish the version again"
         )
+    whole = buffer if isinstance(buffer, Tensor) else _bytes_tensor(buffer)
     named: list[tuple[str, Load]] = []
     for entry, offset in zip(entries, offsets, strict=True):
-        raw = buffer[offset : offset + entry.num_bytes]
+        raw = whole[offset : offset + entry.num_bytes]
         check_fingerprint(entry, raw)
-        values = _bytes_tensor(raw).view(entry.torch_dtype)
+        values = raw.view(entry.torch_dtype)
         named.append(
             (entry.name, values.view(entry.shape) if entry.is_whole else Part(start=entry.start, values=values))
         )
@@ -158,12 +162,18 @@ def pack_changes(positions: np.ndarray, values: np.ndarray, num_words: int, out:
     return split + raw.size
 
 
-def unpack_changes(buffer: np.ndarray, entries: Sequence[TensorEntry], num_changed: int) -> list[tuple[str, Load]]:
+def unpack_changes(buffer: Raw, entries: Sequence[TensorEntry], num_changed: int) -> list[tuple[str, Load]]:
     """Return what changed in each entry, also where nothing did; the results are checked when they are there.
+
+    Args:
+        buffer: in main memory.
+        entries: of the complete bucket.
+        num_changed: words.
 
     Raises:
         WeightError: when the buffer does not have the announced size.
     """
+    buffer = buffer.numpy() if isinstance(buffer, Tensor) else buffer
     word = word_size(entries)
     offsets, size = layout([entry.num_bytes for entry in entries])
     split = _positions_bytes(num_changed, size // word)
@@ -191,7 +201,7 @@ def _positions_bytes(num_changed: int, num_words: int) -> int:
     return min(4 * num_changed, -(-num_words // 8))
 
 
-def check_fingerprint(entry: TensorEntry, raw: np.ndarray) -> None:
+def check_fingerprint(entry: TensorEntry, raw: Raw) -> None:
     """Compare the bytes of an entry with what was announced.
 
     Raises:

@@ -9,6 +9,9 @@ Word i of a tensor is weighed by column weight i % 1024 times row weight i // 10
 """
 
 import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
 
 _WORD = 8
 _WIDTH = 1024
@@ -26,13 +29,18 @@ def _mixed(numbers: np.ndarray) -> np.ndarray:
 _COLUMNS = _mixed(np.arange(_WIDTH))
 
 
-def fingerprint(raw: np.ndarray, *, at: int = 0) -> int:
+def fingerprint(raw: np.ndarray | Tensor, *, at: int = 0) -> int:
     """Return the fingerprint of bytes.
 
     Args:
-        raw: [N] uint8.
+        raw: [N] uint8, an array or a tensor; where that is on a device, it begins at a multiple of 8 bytes.
         at: byte of a whole at which they lie; fingerprints of a whole's parts add up to its own, modulo 2**64.
     """
+    if isinstance(raw, Tensor):
+        if raw.device.type != "cpu":
+            assert at == 0, "parts are told in main memory"
+            return fingerprint_there(raw)
+        raw = raw.numpy()
     lead = min(-at % _WORD, raw.size)
     body = (raw.size - lead) // _WORD * _WORD
     total = 0
@@ -42,6 +50,19 @@ def fingerprint(raw: np.ndarray, *, at: int = 0) -> int:
     if lead + body < raw.size:
         total += _edge(raw[lead + body :], at + lead + body)
     return total & _MASK
+
+
+def fingerprint_there(raw: Tensor) -> int:
+    """Return the fingerprint of bytes, [N] uint8, without taking them off their device: int64 wraps as uint64 does."""
+    if not raw.numel():
+        return 0
+    words = pad(raw, (0, -raw.numel() % _WORD)).view(torch.int64)
+    num_rows = -(-words.numel() // _WIDTH)
+    rows = pad(words, (0, -words.numel() % _WIDTH)).view(num_rows, _WIDTH)
+    columns, weights = (
+        torch.from_numpy(numbers.view(np.int64)).to(raw.device) for numbers in (_COLUMNS, _mixed(np.arange(num_rows)))
+    )
+    return int(((rows * columns).sum(1) * weights).sum()) & _MASK
 
 
 def _edge(raw: np.ndarray, at: int) -> int:

@@ -174,11 +174,11 @@ class StreamSender:
             self._group.begin(raw)
             self._group.wait()
 
-    def buffer(self, num_bytes: int, num_entries: int) -> np.ndarray:
+    def buffer(self, num_bytes: int, num_entries: int) -> torch.Tensor:
         """Return a free buffer, [num_bytes] uint8, for the next bucket."""
         assert self._group is not None, "a stream has begun"
         self._filling = self._group.next_buffer(num_bytes + 8 * num_entries)
-        return self._filling.numpy()[:num_bytes]
+        return self._filling[:num_bytes]
 
     def send(self, num_bytes: int, fingerprints: Sequence[int], num_changed: int | None = None) -> None:
         """Send what `buffer` returned, filled up to `num_bytes`; returns when the one before has been sent."""

@@ -20,6 +20,7 @@ from actors.buckets import (
     Changes,
     Load,
     Part,
+    Raw,
     TensorEntry,
     WeightError,
     check_fingerprint,
@@ -61,24 +62,40 @@ class Publication:
 
 
 class WeightTransport(Protocol):
-    """Moves one buffer from the learner's rank 0 to any number of receivers, which pull when they are ready."""
+    """Moves buckets from the learner's rank 0 to any number of receivers, which pull when they are ready."""
 
-    def put(self, buffer: np.ndarray) -> Any:
-        """Make a uint8 buffer available; return the handle to announce.  The buffer may be written again then."""
+    def rooms(self, sizes: Sequence[int]) -> list[Tensor]:
+        """Return where to write the buckets of one version, each [size] uint8; the same memory may be several rooms."""
 
-    def get(self, handle: Any) -> np.ndarray:
-        """Return the uint8 buffer behind a handle, read-only."""
+    def put(self, buffer: Tensor) -> Any:
+        """Make a bucket, written into its room, available; return the handle to announce.  The next one may be written.
+
+        What was put for the version before need not be there any more.
+        """
+
+    def get(self, handle: Any) -> Raw:
+        """Return the bytes behind a handle, which are only read."""
+
+
+def one_room(sizes: Sequence[int]) -> list[Tensor]:
+    """Return the same main memory for all buckets, where `put` takes a copy."""
+    scratch = torch.empty(max(sizes, default=0), dtype=torch.uint8)
+    return [scratch[:size] for size in sizes]
 
 
 class InProcessTransport:
-    """Hands buffers over inside one process: tests, and a learner that shares its process with an engine."""
+    """Hands buckets over inside one process: tests, and a learner that shares its process with an engine."""
 
-    def put(self, buffer: np.ndarray) -> np.ndarray:
-        """Return a copy of the buffer."""
-        return buffer.copy()
+    def rooms(self, sizes: Sequence[int]) -> list[Tensor]:
+        """See `one_room`."""
+        return one_room(sizes)
 
-    def get(self, handle: np.ndarray) -> np.ndarray:
-        """Return the buffer itself."""
+    def put(self, buffer: Tensor) -> Raw:
+        """Return a copy of the bucket."""
+        return buffer.clone()
+
+    def get(self, handle: Raw) -> Raw:
+        """Return the bucket itself."""
         return handle
 
 
@@ -97,8 +114,8 @@ class Incoming(Protocol):
     def plan(self) -> Sequence[TensorEntry]:
         """What will come, fingerprints aside."""
 
-    def arrive(self) -> Iterator[tuple[Bucket, np.ndarray]]:
-        """Yield each bucket with its bytes, uint8, which are valid until the next one is asked for."""
+    def arrive(self) -> Iterator[tuple[Bucket, Raw]]:
+        """Yield each bucket with its bytes, which are valid until the next one is asked for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,7 +140,7 @@ class Fetched:
         """The announced entries."""
         return [entry for bucket in self.publication.buckets for entry in bucket.entries]
 
-    def arrive(self) -> Iterator[tuple[Bucket, np.ndarray]]:
+    def arrive(self) -> Iterator[tuple[Bucket, Raw]]:
         """Pull each bucket."""
         for bucket in self.publication.buckets:
             yield bucket, self.transport.get(bucket.handle)

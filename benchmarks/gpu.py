@@ -1,10 +1,11 @@
 """What one GPU makes of the engine, the learner and the way between them: speeds beside what the hardware allows.
 
-In one process, without Ray and DeepSpeed, on models with random weights: nothing is fetched.  First the kernels are
+Without Ray and DeepSpeed, on models with random weights: nothing is fetched.  First the kernels are
 compared with float64.  Then, for a decoder of 135 million and one of 1.5 billion parameters: tokens a second decoded
 operation by operation and with CUDA graphs, at 64 and 256 rows, and as a share of what memory bandwidth allows; the
-learner's share of the GPU's peak; seconds to bring new weights to the engine; how a step of generating, learning and
-publishing divides; and how far apart the log-probs of engine and learner are.  Bandwidth is measured by copying, the
+learner's share of the GPU's peak; seconds to bring new weights to the engine, through main memory and, to one in
+another process, through memory that both share; how a step of generating, learning and publishing divides; and how far
+apart the log-probs of engine and learner are.  Bandwidth is measured by copying, the
 peak is the maker's figure for dense bfloat16, or measured where it is not known.  Under ten minutes.  Prints a table,
 and last one line of JSON.  `--smoke` runs all of it on tiny models, on a CPU too, to see that it runs.
 
@@ -36,6 +37,7 @@ from actors.schema import PROMPTS, ROLLOUTS
 from actors.torch_engine import GPU_PACE, Pace, TorchEngine
 from actors.weights import InProcessTransport, Publication, receive
 from benchmarks.flops import Group, needed_flops
+from benchmarks.gpu_sync import shared_memory_sync
 from benchmarks.learner_workload import Workload, learner_rank, scored_tables, step_plan
 from benchmarks.machine import finish
 from cluster.model_config import read_shape
@@ -111,7 +113,9 @@ def _measure(
     del model
     shapes = read_shape(directory)
     report = _generation(directory, shapes, sizes, device, machine["bandwidth_gb_s"] * 1e9)
-    return report | _loop(directory, shapes, sizes, device, machine["peak_tflops"] * 1e12)
+    report |= _loop(directory, shapes, sizes, device, machine["peak_tflops"] * 1e12)
+    report["sync_shared_s"] = shared_memory_sync(directory, device, _dtype(device), sizes.repeats)
+    return report
 
 
 def _generation(

@@ -42,9 +42,11 @@ class RunSection(Config):
 class WeightsConfig(Config):
     """How new weights get from the learner to the rollout workers."""
 
-    transport: Literal["object_store", "process_group"] = "object_store"
+    transport: Literal["object_store", "process_group", "shared_memory"] = "object_store"
     """object_store: each worker takes them from Ray's store, a whole copy on each node, while it generates on;
-    process_group: one broadcast to all workers, bucket by bucket, which stop generating meanwhile."""
+    process_group: one broadcast to all workers, bucket by bucket, which stop generating meanwhile; shared_memory: they
+    are read where the learner writes them, on the GPU that both share (CUDA IPC) or in main memory; takes
+    placement.colocated and one rank."""
     wire: Literal["auto", "gloo", "nccl"] = "auto"
     """Of a process group's broadcast; auto = nccl where learner and rollout workers have whole GPUs, else gloo."""
     bucket_bytes: int = Field(default=32 * 2**20, ge=2**10)
@@ -142,12 +144,19 @@ class RunConfig(Config):
             raise ValueError(problem)
         placement = self.placement
         weights = self.pipeline.weights
-        is_apart = self.pipeline.max_staleness or weights.transport != "object_store" or weights.delta
+        if weights.transport == "shared_memory" and not (placement.colocated and self.learner.num_ranks == 1):
+            raise ValueError(
+                "pipeline.weights.transport must be object_store or process_group, got shared_memory, with "
+                f"placement.colocated {placement.colocated} and learner.num_ranks {self.learner.num_ranks}: memory is "
+                "shared where a rollout worker and the only rank take turns; set placement.colocated true and one rank"
+            )
+        is_apart = self.pipeline.max_staleness or weights.transport == "process_group" or weights.delta
         if placement.colocated and is_apart:
             raise ValueError(
                 f"placement.colocated must be false with pipeline.max_staleness {self.pipeline.max_staleness}, "
                 f"pipeline.weights.transport {weights.transport} and delta {weights.delta}: who gives memory back is "
-                "not there for a broadcast or for changes; set max_staleness 0, transport object_store, delta false"
+                "not there for a broadcast or for changes; set max_staleness 0, transport object_store or "
+                "shared_memory, delta false"
             )
         if self.rollouts.engine == "vllm" and weights.delta:
             raise ValueError(

@@ -72,6 +72,10 @@ class ProcessMemory:
         """Return the sum of the parts in main memory."""
         return sum(part.num_bytes for part in self.host)
 
+    def on_device(self, *names: str) -> int:
+        """Return the bytes of some kinds on a GPU."""
+        return sum(part.num_bytes for part in self.device if part.name in names)
+
     def part(self, name: str) -> int:
         """Return the bytes of a kind, on the GPU or in main memory; 0 where there is none."""
         return sum(part.num_bytes for part in (*self.device, *self.host) if part.name == name)
@@ -92,8 +96,16 @@ def prompt_tokens(config: RunConfig, policy: ModelShape) -> int:
 
 def object_store_bytes(config: RunConfig, sizes: Sizes) -> int:
     """Return what a node's object store holds: one version of the weights, and rollouts that wait for the learner."""
-    item = item_bytes(config, has_gpu=bool(config.placement.learner_gpus))
-    return item * sizes.policy_parameters + config.pipeline.max_buffer_bytes
+    weights = 0 if _is_shared(config) else _published_bytes(config, sizes)
+    return weights + config.pipeline.max_buffer_bytes
+
+
+def _published_bytes(config: RunConfig, sizes: Sizes) -> int:
+    return item_bytes(config, has_gpu=bool(config.placement.learner_gpus)) * sizes.policy_parameters
+
+
+def _is_shared(config: RunConfig) -> bool:
+    return config.pipeline.weights.transport == "shared_memory"
 
 
 def checkpoint_bytes(config: RunConfig, sizes: Sizes) -> int:
@@ -128,6 +140,7 @@ def learner_memory(config: RunConfig, sizes: Sizes) -> ProcessMemory:
         *graph,
         Part(name="buffers", num_bytes=bucket),
         Part(name="update", num_bytes=max(0, update - working - bucket)),
+        Part(name="published", num_bytes=_published_bytes(config, sizes) if _is_shared(config) else 0),
     ]
     # While a checkpoint is written each rank has its share of it in main memory; a model is loaded there first.
     share = checkpoint_bytes(config, sizes) // learner.num_ranks
@@ -135,7 +148,7 @@ def learner_memory(config: RunConfig, sizes: Sizes) -> ProcessMemory:
     host = [
         *offloaded,
         Part(name="checkpoint or loading", num_bytes=max(share, loading * len(networks))),
-        Part(name="sending", num_bytes=2 * config.pipeline.weights.bucket_bytes),
+        Part(name="sending", num_bytes=0 if _is_shared(config) else 2 * config.pipeline.weights.bucket_bytes),
     ]
     return _process("learner", learner.num_ranks, parts, host, has_gpu=has_gpu)
 

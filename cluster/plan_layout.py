@@ -54,8 +54,8 @@ def device_need(layout: Layout, role: str) -> tuple[int, int | None]:
     if layout.placement.shares_gpus and role in ("rollout", "learner"):
         learner, rollout = layout.memory_of("learner"), layout.memory_of("rollout")
         held = () if layout.config.learner.rests_in_main_memory else ("weights", "optimizer")
-        stays = sum(learner.part(name) for name in (*held, "reference", "process"))
-        need = max(learner.device_bytes + rollout.part("process"), stays + rollout.device_bytes)
+        stays = learner.on_device(*held, "reference", "published", "process")
+        need = max(learner.device_bytes + rollout.on_device("process"), stays + rollout.device_bytes)
     elif budget is not None:
         share = {"rollout": layout.placement.rollout, "reward": layout.placement.reward}.get(role)
         budget = int(budget * min(1.0, share.gpus)) if share is not None else budget

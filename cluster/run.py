@@ -214,7 +214,7 @@ class Run(Session):
             try:
                 return ask()
             except WeightsWantedError:  # a worker that was started again catches up alone
-                self._publish_to_store(version)
+                self._announce(version)
             except WeightsLostError as error:
                 num_lost += 1
                 if num_lost > self.config.pipeline.max_restarts:
@@ -223,7 +223,7 @@ class Run(Session):
                 self.display.say(f"version {version} of the weights is published again: {error}")
                 self.give_turn("learner")
                 self.learner.check()
-                self._publish_to_store(version)
+                self._announce(version)
 
     def _wait_for_batch(self, step: int) -> Batch:
         try:

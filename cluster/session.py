@@ -19,6 +19,7 @@ from actors.policy import PromptEncoder, load_tokenizer, max_positions
 from actors.prompts import DrawnPrompt, PromptSource, fitting
 from actors.rollout_worker import RolloutWorker
 from actors.streams import StreamOffer
+from actors.weights import WeightTransport
 from cluster.config import ConfigError, RunConfig
 from cluster.distribution import wire_of
 from cluster.fleet import NotReadyError
@@ -38,7 +39,7 @@ from cluster.redo import RedoLog
 from cluster.remote_storage import open_storage
 from cluster.start import prepare_policy, train_start
 from cluster.storage import StorageError
-from cluster.transport import ObjectStoreTransport
+from cluster.transport import make_transport
 from learner.config import SFTConfig
 from learner.controller import StepController
 from reward.reward_worker import RewardWorker
@@ -97,8 +98,8 @@ class Session:
         """Give the learner's weights to every rollout worker as `version`."""
         started = time.perf_counter()
         base = self._published.version if self._published and self.config.pipeline.weights.delta else None
-        if self.config.pipeline.weights.transport == "object_store" or not self._stream(version, base):
-            self._publish_to_store(version, base)
+        if self.config.pipeline.weights.transport != "process_group" or not self._stream(version, base):
+            self._announce(version, base)
         self.publish_s = time.perf_counter() - started
 
     def give_turn(self, to: Literal["rollouts", "learner"]) -> None:
@@ -107,7 +108,7 @@ class Session:
             (self.pipeline.rest if to == "learner" else self.learner.rest)()
             self._turn = to
 
-    def _publish_to_store(self, version: int, base: int | None = None) -> None:
+    def _announce(self, version: int, base: int | None = None) -> None:
         publication = self.learner.publish(version, base=base)
         self.pipeline.publish(publication)
         self._published = Weights(incarnation=publication.incarnation, version=version)
@@ -262,7 +263,7 @@ class Session:
         return prompts
 
     def _start_processes(self, placement: Placement, prompts: PromptSource) -> None:
-        config, transport = self.config, ObjectStoreTransport()
+        config, transport = self.config, make_transport(self.config)
         name = self.storage.name
         rollout_arguments = {
             "model_dir": self._sent_model,
@@ -321,7 +322,7 @@ class Session:
 
         self._exit.callback(Growth(rollouts, live_views, grow).close)
 
-    def _reserve_learner(self, placement: Placement, transport: ObjectStoreTransport, names: str) -> LearnerStarter:
+    def _reserve_learner(self, placement: Placement, transport: WeightTransport, names: str) -> LearnerStarter:
         """Keep a place for the ranks before workers take one, as theirs is the hardest to find."""
         starter = LearnerStarter(
             self.config,

@@ -1,7 +1,21 @@
-"""Ray's weight transports: implementations of `actors.weights.WeightTransport`."""
+"""How a run's weights get to whoever pulls them: implementations of `actors.weights.WeightTransport`."""
+
+from collections.abc import Sequence
 
 import numpy as np
 import ray
+from torch import Tensor
+
+from actors.shared_memory import SharedMemoryTransport
+from actors.weights import WeightTransport, one_room
+from cluster.config import RunConfig
+
+
+def make_transport(config: RunConfig) -> WeightTransport:
+    """Return what a run's versions are pulled through, those too that a broadcast could not bring."""
+    if config.pipeline.weights.transport == "shared_memory":
+        return SharedMemoryTransport("cuda" if config.placement.learner_gpus else "cpu")
+    return ObjectStoreTransport()
 
 
 class ObjectStoreTransport:
@@ -10,11 +24,15 @@ class ObjectStoreTransport:
     The store keeps numpy arrays out of band, which is many times faster than torch tensors.
     """
 
-    def put(self, buffer: np.ndarray) -> ray.ObjectRef:
-        """Store a uint8 buffer; it lives as long as its reference and the process that put it."""
-        return ray.put(buffer)
+    def rooms(self, sizes: Sequence[int]) -> list[Tensor]:
+        """See `one_room`."""
+        return one_room(sizes)
+
+    def put(self, buffer: Tensor) -> ray.ObjectRef:
+        """Store a bucket; it lives as long as its reference and the process that put it."""
+        return ray.put(buffer.numpy())
 
     def get(self, handle: ray.ObjectRef) -> np.ndarray:
-        """Return the buffer, read-only and shared on this node."""
+        """Return the bucket, read-only and shared on this node."""
         buffer: np.ndarray = ray.get(handle)
         return buffer

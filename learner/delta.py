@@ -70,8 +70,8 @@ class DeltaPacker:
         for old, share in zip(kept, self._shares.mine(self._plans[index]), strict=True):
             old[:] = share.raw
 
-    def pack(self, index: int, out: np.ndarray) -> Packed:
-        """Write what has changed in a bucket into `out` on the first rank; not used on others."""
+    def pack(self, index: int, out: torch.Tensor) -> Packed:
+        """Write what has changed in a bucket into `out`, in main memory, on the first rank; not used on others."""
         plan = self._plans[index]
         word = word_size(plan.entries)
         num_words = plan.num_bytes // word
@@ -84,7 +84,7 @@ class DeltaPacker:
             self._shares.fill(plan, out)
             return Packed(num_bytes=plan.num_bytes, num_changed=None, fingerprints=fingerprints)
         positions, values = self._collected(positions, values, counts)
-        size = pack_changes(positions, values, num_words, out) if self._shares.rank == 0 else 0
+        size = pack_changes(positions, values, num_words, out.numpy()) if self._shares.rank == 0 else 0
         return Packed(num_bytes=size, num_changed=total, fingerprints=fingerprints)
 
     def _compare(self, index: int, word: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -4,14 +4,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-import numpy as np
+import torch
+from torch import Tensor
 
 from actors.streams import StreamError, StreamOffer, StreamSender
 from actors.weights import Bucket, Publication, WeightTransport
 from learner.delta import Packed
 from learner.sources import BucketPlan
 
-_NOTHING = np.empty(0, dtype=np.uint8)
+_NOTHING = torch.empty(0, dtype=torch.uint8)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +37,7 @@ class Outlet(Protocol):
     def begin(self, plans: Sequence[BucketPlan], base: int | None) -> None:
         """Say what comes: all buckets, or changes to `base`."""
 
-    def buffer(self, plan: BucketPlan) -> np.ndarray:
+    def buffer(self, plan: BucketPlan) -> Tensor:
         """Return where to write the next bucket, [num_bytes] uint8."""
 
     def send(self, plan: BucketPlan, packed: Packed) -> None:
@@ -54,7 +55,7 @@ class NoOutlet:
     def begin(self, plans: Sequence[BucketPlan], base: int | None) -> None:
         """Do nothing, likewise the others."""
 
-    def buffer(self, plan: BucketPlan) -> np.ndarray:
+    def buffer(self, plan: BucketPlan) -> Tensor:
         """Return nothing to write to."""
         return _NOTHING
 
@@ -72,18 +73,18 @@ class StoreOutlet:
 
     def __init__(self, transport: WeightTransport) -> None:
         self._transport = transport
-        self._scratch = _NOTHING
+        self._rooms: list[Tensor] = []
         self._buckets: list[Bucket] = []
         self._base: int | None = None
 
     def begin(self, plans: Sequence[BucketPlan], base: int | None) -> None:
-        """Make room for the largest bucket."""
-        self._scratch = np.empty(max((plan.num_bytes for plan in plans), default=0), dtype=np.uint8)
+        """Make room."""
+        self._rooms = self._transport.rooms([plan.num_bytes for plan in plans])
         self._base = base
 
-    def buffer(self, plan: BucketPlan) -> np.ndarray:
-        """Return the same memory each time: a transport has taken its own copy."""
-        return self._scratch[: plan.num_bytes]
+    def buffer(self, plan: BucketPlan) -> Tensor:
+        """Return the next bucket's room."""
+        return self._rooms[len(self._buckets)]
 
     def send(self, plan: BucketPlan, packed: Packed) -> None:
         """Put it."""
@@ -91,7 +92,7 @@ class StoreOutlet:
         bucket = Bucket(
             entries=tuple(replace(entry, fingerprint=found) for entry, found in checked),
             num_bytes=packed.num_bytes,
-            handle=self._transport.put(self._scratch[: packed.num_bytes]),
+            handle=self._transport.put(self.buffer(plan)[: packed.num_bytes]),
             num_changed=packed.num_changed,
         )
         self._buckets.append(bucket)
@@ -116,10 +117,10 @@ class StreamOutlet:
         self._base = base
         self._attempt(lambda: self._sender.begin(self._offer, [plan.entries for plan in plans], base=base))
 
-    def buffer(self, plan: BucketPlan) -> np.ndarray:
+    def buffer(self, plan: BucketPlan) -> Tensor:
         """Return one of two buffers in turn."""
         if self.failure:
-            return np.empty(plan.num_bytes, dtype=np.uint8)
+            return torch.empty(plan.num_bytes, dtype=torch.uint8)
         return self._sender.buffer(plan.num_bytes, len(plan.pieces))
 
     def send(self, plan: BucketPlan, packed: Packed) -> None:

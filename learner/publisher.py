@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
@@ -130,7 +129,7 @@ class Publisher:
         return StoreOutlet(self._transport) if offer is None else StreamOutlet(self._sender, offer)
 
     @torch.no_grad()
-    def _pack(self, index: int, out: np.ndarray, base: int | None) -> Packed:
+    def _pack(self, index: int, out: torch.Tensor, base: int | None) -> Packed:
         """Write one bucket, complete or as changes, into `out` on rank 0."""
         plan = self._plans[index]
         with self._measured("gather_s"):

@@ -37,8 +37,11 @@ class Shares:
         """Whether ranks can send parts of buckets, which lie in host memory."""
         self._engine = engine
 
-    def fill(self, plan: BucketPlan, out: np.ndarray) -> None:
-        """Write a bucket's tensors into `out`, [num_bytes] uint8, on the first rank; it is not used on others."""
+    def fill(self, plan: BucketPlan, out: torch.Tensor) -> None:
+        """Write a bucket's tensors into `out`, [num_bytes] uint8, on the first rank; it is not used on others.
+
+        It may be on a device where no rank sends parts of buckets to another.
+        """
         transfers: list[Any] = []
         with self._whole(plan):
             for piece in plan.pieces:
@@ -74,7 +77,7 @@ class Shares:
     def _shard(self, source: Source) -> torch.Tensor | None:
         return source.shard if self.is_direct else None
 
-    def _collect(self, piece: Piece, shard: torch.Tensor, target: np.ndarray | None) -> list[Any]:
+    def _collect(self, piece: Piece, shard: torch.Tensor, target: torch.Tensor | None) -> list[Any]:
         """Bring all ranks' parts of a piece to the first rank; return what to wait for."""
         size, entry = shard.numel(), piece.entry
         if target is None:
@@ -90,7 +93,7 @@ class Shares:
             if rank == 0:
                 _copy(shard[start:stop], place)
             elif start < stop:
-                transfers.append(dist.irecv(torch.from_numpy(place), rank))
+                transfers.append(dist.irecv(place, rank))
         return transfers
 
     @staticmethod
@@ -101,6 +104,6 @@ class Shares:
         return start, max(start, min(last, (rank + 1) * size))
 
 
-def _copy(elements: torch.Tensor, target: np.ndarray) -> None:
+def _copy(elements: torch.Tensor, target: torch.Tensor) -> None:
     if elements.numel():
-        torch.from_numpy(target).view(elements.dtype).copy_(elements.detach())
+        target.view(elements.dtype).copy_(elements.detach())

@@ -16,7 +16,7 @@ from actors.buckets import (
     unpack_bucket,
     unpack_changes,
 )
-from actors.fingerprints import _mixed, fingerprint
+from actors.fingerprints import _mixed, fingerprint, fingerprint_there
 from actors.weights import Bucket, InPlaceWeights, InProcessTransport, Publication, pack_bucket, receive
 from tests.weights_toys import Recorder, buckets_of, network
 
@@ -136,6 +136,13 @@ def test_fingerprints_of_parts_add_up_and_exchanged_words_are_seen():
         assert fingerprint(swapped.view(np.uint8)) != fingerprint(words.view(np.uint8))
         assert swapped.sum() == words.sum()  # the planted bug: a sum without weights does not see it
     assert fingerprint(raw[:0]) == 0
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 8184, 8191, 8192, 8193, 3 * 8192 + 21])
+def test_fingerprints_told_on_a_device_are_those_told_in_main_memory(size):
+    raw = np.random.default_rng(size).integers(0, 256, size, dtype=np.uint8)
+    assert fingerprint_there(torch.from_numpy(raw)) == fingerprint(raw)
+    assert fingerprint(torch.from_numpy(raw)) == fingerprint(raw)
 
 
 def test_parts_come_in_order_and_all_of_them():

@@ -10,7 +10,14 @@ from actors.rows import PromptGroup
 from actors.shared_attention import uninstall
 from actors.slots import Prefix, SlotCache
 from cluster import memory_plan
-from cluster.memory_plan import learner_memory, prompt_tokens, reward_memory, rollout_memory, vllm_rows
+from cluster.memory_plan import (
+    learner_memory,
+    object_store_bytes,
+    prompt_tokens,
+    reward_memory,
+    rollout_memory,
+    vllm_rows,
+)
 from cluster.model_config import shape_of
 from learner.config import LearnerConfig, OptimizerConfig
 from learner.first_pass import SavedBytes
@@ -111,6 +118,16 @@ def test_workers_of_7b_by_hand():
     assert rollout.device_bytes == pytest.approx(31.8e9, rel=0.01)
     assert reward.part("reference") == reward.part("reward model liking") == 2 * NUM_7B
     assert reward.device_bytes == pytest.approx(28.4e9, rel=0.02)
+
+
+def test_a_version_in_shared_memory_is_the_learners_and_not_the_stores():
+    sizes = sizes_of(LLAMA_7B)
+    sections = {"learner": {"num_ranks": 1}, "rollouts": {"num_workers": 1}, "placement": {"colocated": True}}
+    turns = run_of_7b(**sections)
+    shared = run_of_7b(**sections, pipeline={"weights": {"transport": "shared_memory"}})
+    assert learner_memory(turns, sizes).part("published") == 0
+    assert learner_memory(shared, sizes).part("published") == 2 * NUM_7B
+    assert object_store_bytes(turns, sizes) - object_store_bytes(shared, sizes) == 2 * NUM_7B
 
 
 def test_ranks_and_replicas_of_70b_by_hand():

@@ -8,7 +8,7 @@ from cluster.hardware import GB, Hardware, described
 from cluster.placement import plan_placement
 from cluster.plan import batch_plan, make_plan, to_json
 from cluster.plan_layout import device_need
-from tests.plan_toys import GPUS, LLAMA_7B, LLAMA_70B, model_directory, run_command, run_of_7b, run_of_70b
+from tests.plan_toys import GPUS, LLAMA_7B, LLAMA_70B, NUM_7B, model_directory, run_command, run_of_7b, run_of_70b
 from tests.run_toys import minimal_config
 
 
@@ -166,9 +166,17 @@ def test_shared_gpus_hold_the_learners_state_beside_the_rollouts(models):
     assert max(learner.device_bytes, rollout.device_bytes) < need < learner.device_bytes + rollout.device_bytes
     assert budget == 80 * GB
     moves = planned(run_of_7b(models["policy"], **sections | {"learner": {"num_ranks": 8, "zero_stage": 2}}))
-    assert device_need(moves.layout, "learner")[0] == (
-        moves.layout.memory_of("learner").device_bytes + moves.layout.memory_of("rollout").part("process")
-    ), "what stage 2 holds is in main memory while others generate"
+    assert device_need(moves.layout, "learner")[0] == moves.layout.memory_of("learner").device_bytes + 10**9, (
+        "beside the worker's context; what stage 2 holds is in main memory while others generate"
+    )
+    one = {"learner": {"num_ranks": 1}, "rollouts": {"num_workers": 1}, "placement": sections["placement"]}
+    needs = [
+        device_need(
+            planned(run_of_7b(models["policy"], **one, pipeline={"weights": {"transport": t}})).layout, "rollout"
+        )
+        for t in ("object_store", "shared_memory")
+    ]
+    assert needs[1][0] - needs[0][0] == pytest.approx(2 * NUM_7B, rel=1e-3), "what is published stays on the GPU"
 
 
 def test_what_others_use_is_waited_for(models):

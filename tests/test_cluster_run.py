@@ -135,10 +135,12 @@ def test_ahead_of_the_learner_nothing_is_lost_and_a_replay_gives_the_same_weight
 
 
 @pytest.mark.slow
-def test_turns_with_the_same_memory_change_no_bit(straight, ray_cluster, data):
-    directory = straight.parent / "turns"
+@pytest.mark.parametrize("transport", ["object_store", "shared_memory"])
+def test_turns_with_the_same_memory_change_no_bit(straight, ray_cluster, data, transport):
+    directory = straight.parent / f"turns-{transport}"
     held = {"generated": [], "learning": []}
-    with Run(_config(directory, data, placement={"colocated": True})) as run:
+    weights = {"weights": {"transport": transport}}
+    with Run(_config(directory, data, placement={"colocated": True}, pipeline=weights)) as run:
         take, learn = run.take_batch, run.learner.step
 
         def take_batch(step):
@@ -198,10 +200,16 @@ def test_two_ranks_learn_the_same(straight, ray_cluster, data):
     assert metrics["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
 
 
+SHARED = {"placement": {"colocated": True}, "pipeline": {"weights": {"transport": "shared_memory"}}}
+
+
 @pytest.mark.slow
-def test_a_run_that_loses_a_rollout_worker_and_its_learner_equals_an_undisturbed_one(straight, ray_cluster, data):
-    config = _config(straight.parent / "disturbed", data, rollouts={"num_workers": 2})
-    with Run(config) as run:
+@pytest.mark.parametrize("sections", [{}, SHARED], ids=["object-store", "shared-memory"])
+def test_a_run_that_loses_a_rollout_worker_and_its_learner_equals_an_undisturbed_one(
+    straight, ray_cluster, data, tmp_path, sections
+):
+    directory = tmp_path / "disturbed"
+    with Run(_config(directory, data, rollouts={"num_workers": 2}, **sections)) as run:
         run.evaluate_start()
         for step in run.steps():
             if step == 2:
@@ -212,8 +220,8 @@ def test_a_run_that_loses_a_rollout_worker_and_its_learner_equals_an_undisturbed
             train_step(run, step)
         run.finish()
         assert run.learner.num_replayed == 1
-    assert are_equal(straight.parent / "disturbed", straight)
-    last = pq.read_table(straight.parent / "disturbed" / "metrics.parquet").to_pylist()[-1]
+    assert are_equal(directory, straight)
+    last = pq.read_table(directory / "metrics.parquet").to_pylist()[-1]
     assert last["faults_num_restarts"] == 1
     assert (last["faults_num_learner_restarts"], last["faults_num_replayed_steps"]) == (1, 1)
 

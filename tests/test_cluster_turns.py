@@ -84,6 +84,16 @@ def test_those_who_do_not_take_turns_cannot_share_memory(pipeline):
         minimal_config(placement={"colocated": True}, pipeline=pipeline)
 
 
+@pytest.mark.parametrize(("colocated", "num_ranks"), [(False, 1), (True, 2)])
+def test_memory_is_shared_with_the_only_rank_where_both_take_turns(colocated, num_ranks):
+    with pytest.raises(ConfigError, match=rf"got shared_memory, with placement.colocated {colocated} and"):
+        minimal_config(
+            placement={"colocated": colocated},
+            learner={"num_ranks": num_ranks},
+            pipeline={"weights": {"transport": "shared_memory"}},
+        )
+
+
 def _after_a_round():
     world = World(limits=LATE)
     world.answer_all(Verb.READY)

@@ -33,7 +33,7 @@ def test_bits_are_compared_not_values():
     packer, shares, plan = packer_of(model)
     weight.data[0] = -0.0
     assert (weight.data[:3] == torch.tensor([0.0, float("nan"), 1.0])).tolist() == [True, False, True]
-    out = np.zeros(plan.num_bytes, np.uint8)
+    out = torch.zeros(plan.num_bytes, dtype=torch.uint8)
     packed = packer.pack(0, out)
     assert (packed.num_changed, packed.num_bytes) == (1, 8)
     entries = [entry for entry in plan.entries if entry.name == "model.norm.weight"]
@@ -41,7 +41,7 @@ def test_bits_are_compared_not_values():
     assert found.positions.tolist() == [0]
     assert found.values.view(np.float32).tobytes() == np.array([-0.0], np.float32).tobytes()
     assert entries[0].shape == (8,)
-    whole = np.zeros(plan.num_bytes, np.uint8)
+    whole = torch.zeros(plan.num_bytes, dtype=torch.uint8)
     shares.fill(plan, whole)
     assert packer.pack(0, out).num_changed == 0  # what was sent is remembered
 
@@ -51,11 +51,11 @@ def test_a_bucket_travels_whole_where_its_changes_are_larger():
     packer, shares, plan = packer_of(model)
     for parameter in model.parameters():
         parameter.data.add_(1.0)
-    out, whole = (np.zeros(plan.num_bytes, np.uint8) for _ in range(2))
+    out, whole = (torch.zeros(plan.num_bytes, dtype=torch.uint8) for _ in range(2))
     packed = packer.pack(0, out)
     shares.fill(plan, whole)
     assert (packed.num_changed, packed.num_bytes) == (None, plan.num_bytes)
-    assert out.tobytes() == whole.tobytes()
+    assert torch.equal(out, whole)
 
 
 def test_changes_follow_only_what_was_sent_last():

@@ -84,7 +84,7 @@ def send(sender, offer, module: nn.Module, *, max_elements: int = 8, damage=lamb
     buckets = buckets_of(module, max_elements)
     sender.begin(offer, [entries for entries, _ in buckets], base=None)
     for index, (entries, raw) in enumerate(buckets):
-        out = sender.buffer(raw.size, len(entries))
+        out = sender.buffer(raw.size, len(entries)).numpy()
         out[:] = raw
         found = [fingerprint(raw[: entry.num_bytes]) for entry in entries]
         damage(index, out)
