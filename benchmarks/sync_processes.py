@@ -1,7 +1,9 @@
 """The processes of `benchmarks/sync.py`: learner ranks and receivers, as plain classes that it makes Ray actors of."""
 
 import os
+import statistics
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -153,7 +155,8 @@ class Receiver(Process):
             parameter.data = parameter.data.clone()  # until it is written, a loaded one is a page of a file
         tokenizer: Any = None  # no text is made
         self._model = model
-        self._engine = TorchEngine(model, tokenizer, max_rows=4, eos_ids=frozenset({0}))
+        # an engine's own use of weights it has is no part of bringing them, see `packing_s`
+        self._engine = TorchEngine(model, tokenizer, max_rows=4, eos_ids=frozenset({0}), pack_weights=False)
         self._receiver = StreamReceiver()
         self._transport = ObjectStoreTransport()
 
@@ -170,6 +173,19 @@ class Receiver(Process):
         with self.watched(report, is_on=is_watched):
             report |= self._receiver.open(offer.seat(member)).load_into(self._engine, "drain")
         return report
+
+    def packing_s(self, repeats: int) -> float:
+        """Return the seconds in which an engine on a CPU packs the weights of a new version, from now on packed."""
+        from actors.packed_linear import pack, repack
+
+        pack(self._model)
+        seconds = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            with torch.inference_mode():
+                repack(self._model)
+            seconds.append(time.perf_counter() - start)
+        return statistics.median(seconds)
 
     def digests(self) -> dict[str, int]:
         """Return a fingerprint of every tensor."""

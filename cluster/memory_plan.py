@@ -25,7 +25,8 @@ _LIVE_PARAMETERS = 10**9  # DeepSpeed's stage3_max_live_parameters
 _BUCKET_ITEMS = 5 * 10**8  # DeepSpeed's reduce_bucket_size
 _ALONE_BUCKET_ITEMS = 2 * 10**7  # of learner/zero.py, for one rank
 _CONTEXT_BYTES = 10**9  # CUDA's context, its libraries' workspaces, NCCL's buffers: a round figure
-_HOST_BYTES = {"cpu": 5 * 10**8, "gpu": 25 * 10**8}  # Python, torch and ray in a process: round figures
+_HOST_BYTES = {"cpu": 7 * 10**8, "gpu": 25 * 10**8}  # Python, torch, ray and Numba in a process: round figures
+_PACKING_BYTES = 2 * 2**27  # of actors/packed_linear.py: siblings laid together, and a piece in its new order
 _VLLM_SHARE = 0.92  # of a GPU's memory, vLLM's default
 _WINDOW = 16  # key-value windows of the torch engine grow by so many tokens
 
@@ -171,7 +172,8 @@ def rollout_memory(config: RunConfig, sizes: Sizes) -> ProcessMemory:
         Part(name="logits", num_bytes=3 * 4 * rollouts.max_rows * policy.vocab),
     ]
     if rollouts.engine == "torch" and not has_gpu and item == 4 and config.policy.pack_weights:
-        parts.append(Part(name="packed weights", num_bytes=item * _packed_parameters(policy)))
+        packed = item * _packed_parameters(policy)
+        parts.append(Part(name="packed weights", num_bytes=packed + min(packed, _PACKING_BYTES)))
     # vLLM takes a version on in main memory, and hands it to processes of its own through shared memory.
     copies = (1 if parts_of_replica == 1 else 2) if rollouts.engine == "vllm" else int(has_gpu)
     host = [Part(name="loading", num_bytes=copies * weights)]

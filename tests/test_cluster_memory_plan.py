@@ -6,6 +6,8 @@ from functools import partial
 import pytest
 import torch
 
+from actors import packed_linear
+from actors.packed_linear import PackedLinear, pack
 from actors.rows import PromptGroup
 from actors.shared_attention import uninstall
 from actors.slots import Prefix, SlotCache
@@ -267,6 +269,18 @@ def test_checkpoints_keep_a_layers_input_alone():
         for has_checkpoints in (True, False)
     ]
     assert more - kept == planned[0] - planned[1] // 4, "beside one layer's graph, which is there while it is run again"
+
+
+def test_packed_weights_are_those_of_an_engine_and_what_packing_them_again_takes(monkeypatch):
+    model = tiny_model()
+    pack(model)
+    products = {id(layer.product): layer.product for layer in model.modules() if isinstance(layer, PackedLinear)}
+    packed = sum(4 * piece.numel() for product in products.values() for piece in product.packed)
+    config = minimal_config(policy={"dtype": "float32"})
+    assert rollout_memory(config, sizes_of(TINY)).part("packed weights") == 2 * packed
+    assert memory_plan._PACKING_BYTES == 2 * packed_linear._PIECE_BYTES
+    monkeypatch.setattr(memory_plan, "_PACKING_BYTES", 1000)
+    assert rollout_memory(config, sizes_of(TINY)).part("packed weights") == packed + 1000, "of larger models a piece"
 
 
 def test_keys_and_values_are_those_of_the_engines_slots():
