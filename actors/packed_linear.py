@@ -23,7 +23,6 @@ _PROBE_ROWS = (4, 7, 12, 32, 61, 128, 256)
 _PIECE_BYTES = 2**27  # so that the head of a small model is one product, without a copy of all its logits
 _TOLERANCE = 1e-4  # of the largest value: two orders of summing differ by less, a wrong product by far more
 
-
 _SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """What transformers calls layers of one module that take the same input."""
 
@@ -96,10 +95,9 @@ def pack(model: nn.Module, *, is_final: bool = False) -> int:
     keeps_bits: dict[torch.Size, bool] = {}
     count = 0
     for layers in _candidates(model):
-        weight, _ = _together(layers)
-        shape = weight.shape
+        shape = torch.Size((sum(layer.out_features for layer in layers), layers[0].in_features))
         if shape not in keeps_bits:
-            keeps_bits[shape] = _keeps_bits(weight)
+            keeps_bits[shape] = _keeps_bits(_together(layers)[0])
             if not keeps_bits[shape]:
                 logger.info("products with a %s matrix depend on their company when packed: not packed", tuple(shape))
         if keeps_bits[shape]:

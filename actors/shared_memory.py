@@ -5,6 +5,7 @@ on a CPU it is an anonymous file in main memory.  There is one copy of the polic
 whoever reads: a version may be written only when nobody reads the one before, as where both take turns.
 """
 
+import functools
 import mmap
 import os
 import pickle
@@ -86,6 +87,7 @@ class SharedMemoryTransport:
         return whole[handle.start : handle.start + handle.num_bytes]
 
 
+@functools.cache
 def _machine() -> str:
     """Return what tells a machine, as long as it runs."""
     try:

@@ -149,8 +149,8 @@ class Continuation:
         self.keys.append(key)
         self.values.append(value)
         outputs: list[Tensor] = []
-        for chunk in query.split(CHUNK, dim=2):
-            start = self._known + sum(output.shape[2] for output in outputs)
+        for index, chunk in enumerate(query.split(CHUNK, dim=2)):
+            start = self._known + index * CHUNK
             end = start + chunk.shape[2]
             allowed = self._mask(start, end, rule.sliding_window, key.device)
             outputs.append(_attend(chunk, key[:, :, :end], value[:, :, :end], allowed, rule))

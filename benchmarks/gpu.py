@@ -1,13 +1,13 @@
 """What one GPU makes of the engine, the learner and the way between them: speeds beside what the hardware allows.
 
-Without Ray and DeepSpeed, on models with random weights: nothing is fetched.  First the kernels are
-compared with float64.  Then, for a decoder of 135 million and one of 1.5 billion parameters: tokens a second decoded
-operation by operation and with CUDA graphs, at 64 and 256 rows, and as a share of what memory bandwidth allows; the
-learner's share of the GPU's peak; seconds to bring new weights to the engine, through main memory and, to one in
-another process, through memory that both share; how a step of generating, learning and publishing divides; and how far
-apart the log-probs of engine and learner are.  Bandwidth is measured by copying, the
-peak is the maker's figure for dense bfloat16, or measured where it is not known.  Under ten minutes.  Prints a table,
-and last one line of JSON.  `--smoke` runs all of it on tiny models, on a CPU too, to see that it runs.
+Without Ray and DeepSpeed, on models with random weights: nothing is fetched.  First the kernels are compared with
+float64.  Then, for a decoder of 135 million and one of 1.5 billion parameters: tokens a second decoded operation by
+operation and with CUDA graphs, at 64 and 256 rows, and as a share of what memory bandwidth allows; the learner's share
+of the GPU's peak; seconds to bring new weights to the engine, through main memory and, to one in another process,
+through memory that both share; how a step of generating, learning and publishing divides; and how far apart the
+log-probs of engine and learner are.  Bandwidth is measured by copying, the peak is the maker's figure for dense
+bfloat16, or measured where it is not known.  Under ten minutes.  Prints a table, and last one line of JSON.  `--smoke`
+runs all of it on tiny models, on a CPU too, to see that it runs.
 
     python -m benchmarks.gpu [--output FILE]
 """
@@ -19,7 +19,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import argparse
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -39,7 +38,7 @@ from actors.weights import InProcessTransport, Publication, receive
 from benchmarks.flops import Group, needed_flops
 from benchmarks.gpu_sync import shared_memory_sync
 from benchmarks.learner_workload import Workload, learner_rank, scored_tables, step_plan
-from benchmarks.machine import finish
+from benchmarks.machine import finish, now
 from cluster.model_config import read_shape
 from cluster.model_shape import ModelShape
 from learner.config import LearnerConfig
@@ -171,15 +170,15 @@ def _loop(
     seconds: dict[str, list[float]] = {"sync_s": [], "generate_s": [], "learn_s": []}
     gaps = []
     for step in range(sizes.repeats + 1):
-        start = _now(device)
+        start = now(device)
         publication = learner.publish(0, 0)
         assert isinstance(publication, Publication), "one rank publishes"
         receive(publication, transport, engine)
-        synced = _now(device)
+        synced = now(device)
         tables = _scored(generate(engine, requests), requests, judged)
-        generated = _now(device)
+        generated = now(device)
         metrics = learner.step(tables, plan)
-        learnt = _now(device)
+        learnt = now(device)
         assert isinstance(metrics, dict), "the update was finite"
         if step:  # the first one takes memory and captures graphs
             gaps.append(metrics["learner_logprob_gap"])
@@ -291,17 +290,10 @@ def _median(task: Callable[[], Any], device: torch.device, repeats: int) -> floa
     task()
     seconds = []
     for _ in range(repeats):
-        start = _now(device)
+        start = now(device)
         task()
-        seconds.append(_now(device) - start)
+        seconds.append(now(device) - start)
     return statistics.median(seconds)
-
-
-def _now(device: torch.device) -> float:
-    """Return the time, once the device has done what it was asked to."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def _dtype(device: torch.device) -> torch.dtype:

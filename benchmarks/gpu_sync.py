@@ -4,18 +4,18 @@ Every version changes all weights, and its bits are compared in the end, unmeasu
 """
 
 import statistics
-import time
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 import torch.multiprocessing
 
-from actors.fingerprints import fingerprint
 from actors.policy import load_model
 from actors.shared_memory import SharedMemoryTransport
 from actors.torch_engine import TorchEngine
 from actors.weights import receive
+from benchmarks.machine import now
+from benchmarks.sync_processes import fingerprints
 from learner.config import OptimizerConfig
 from learner.optimizer import make_engine
 from learner.publisher import Publisher
@@ -43,12 +43,11 @@ def shared_memory_sync(directory: str, device: torch.device, dtype: torch.dtype,
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.mul_(1.25)
-        _settle(device)
-        start = time.perf_counter()
+        start = now(device)
         ours.send(publisher.publish(version, 0))
         ours.recv()
-        seconds.append(time.perf_counter() - start)
-        if ours.recv() != _digests(model):
+        seconds.append(now(device) - start)
+        if ours.recv() != fingerprints(model.named_parameters()):
             raise RuntimeError("the engine's weights must be the learner's bit for bit, and are not")
     ours.send(None)
     process.join()
@@ -64,15 +63,6 @@ def _receive(
     learner.send("ready")
     while (publication := learner.recv()) is not None:
         receive(publication, transport, engine)
-        _settle(device)
+        now(device)  # it has them
         learner.send("received")
-        learner.send(_digests(model))
-
-
-def _digests(model: torch.nn.Module) -> dict[str, int]:
-    return {name: fingerprint(p.detach().reshape(-1).view(torch.uint8)) for name, p in model.named_parameters()}
-
-
-def _settle(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+        learner.send(fingerprints(model.named_parameters()))

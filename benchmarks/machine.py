@@ -4,6 +4,7 @@ import datetime
 import json
 import os
 import platform
+import time
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -27,6 +28,13 @@ def describe() -> dict[str, Any]:
         **packages,
         "date": datetime.date.today().isoformat(),
     }
+
+
+def now(device: torch.device) -> float:
+    """Return the time, once the device has done what it was asked to."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def finish(report: Mapping[str, Any], output: str | None) -> None:

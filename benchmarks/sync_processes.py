@@ -4,7 +4,7 @@ import os
 import statistics
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -138,7 +138,7 @@ class Learner(Process):
 
     def digests(self) -> dict[str, int]:
         """Return a fingerprint of every tensor."""
-        return {name: digest for run in self._publisher.tensors() for name, digest in _digests(run).items()}
+        return {name: digest for run in self._publisher.tensors() for name, digest in fingerprints(run).items()}
 
 
 class Receiver(Process):
@@ -189,15 +189,16 @@ class Receiver(Process):
 
     def digests(self) -> dict[str, int]:
         """Return a fingerprint of every tensor."""
-        return _digests(list(self._model.named_parameters()))
+        return fingerprints(self._model.named_parameters())
 
     def version(self) -> int:
         """Return the engine's version."""
         return self._engine.version
 
 
-def _digests(named: Any) -> dict[str, int]:
-    return {name: fingerprint(tensor.detach().reshape(-1).view(torch.uint8).numpy()) for name, tensor in named}
+def fingerprints(named: Iterable[tuple[str, torch.Tensor]]) -> dict[str, int]:
+    """Return the fingerprint of every tensor's bytes."""
+    return {name: fingerprint(tensor.detach().reshape(-1).view(torch.uint8)) for name, tensor in named}
 
 
 def _private_bytes() -> int:

@@ -57,6 +57,11 @@ class WeightsConfig(Config):
     delta: bool = False
     """Send the elements that changed only, exact to the bit: for half precision over slow links."""
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether a version is read where the learner writes it."""
+        return self.transport == "shared_memory"
+
 
 class PipelineConfig(Config):
     """How stages overlap."""
@@ -144,7 +149,7 @@ class RunConfig(Config):
             raise ValueError(problem)
         placement = self.placement
         weights = self.pipeline.weights
-        if weights.transport == "shared_memory" and not (placement.colocated and self.learner.num_ranks == 1):
+        if weights.is_shared and not (placement.colocated and self.learner.num_ranks == 1):
             raise ValueError(
                 "pipeline.weights.transport must be object_store or process_group, got shared_memory, with "
                 f"placement.colocated {placement.colocated} and learner.num_ranks {self.learner.num_ranks}: memory is "

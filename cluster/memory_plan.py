@@ -97,16 +97,12 @@ def prompt_tokens(config: RunConfig, policy: ModelShape) -> int:
 
 def object_store_bytes(config: RunConfig, sizes: Sizes) -> int:
     """Return what a node's object store holds: one version of the weights, and rollouts that wait for the learner."""
-    weights = 0 if _is_shared(config) else _published_bytes(config, sizes)
+    weights = 0 if config.pipeline.weights.is_shared else _published_bytes(config, sizes)
     return weights + config.pipeline.max_buffer_bytes
 
 
 def _published_bytes(config: RunConfig, sizes: Sizes) -> int:
     return item_bytes(config, has_gpu=bool(config.placement.learner_gpus)) * sizes.policy_parameters
-
-
-def _is_shared(config: RunConfig) -> bool:
-    return config.pipeline.weights.transport == "shared_memory"
 
 
 def checkpoint_bytes(config: RunConfig, sizes: Sizes) -> int:
@@ -141,7 +137,7 @@ def learner_memory(config: RunConfig, sizes: Sizes) -> ProcessMemory:
         *graph,
         Part(name="buffers", num_bytes=bucket),
         Part(name="update", num_bytes=max(0, update - working - bucket)),
-        Part(name="published", num_bytes=_published_bytes(config, sizes) if _is_shared(config) else 0),
+        Part(name="published", num_bytes=_published_bytes(config, sizes) if config.pipeline.weights.is_shared else 0),
     ]
     # While a checkpoint is written each rank has its share of it in main memory; a model is loaded there first.
     share = checkpoint_bytes(config, sizes) // learner.num_ranks
@@ -149,7 +145,10 @@ def learner_memory(config: RunConfig, sizes: Sizes) -> ProcessMemory:
     host = [
         *offloaded,
         Part(name="checkpoint or loading", num_bytes=max(share, loading * len(networks))),
-        Part(name="sending", num_bytes=0 if _is_shared(config) else 2 * config.pipeline.weights.bucket_bytes),
+        Part(
+            name="sending",
+            num_bytes=0 if config.pipeline.weights.is_shared else 2 * config.pipeline.weights.bucket_bytes,
+        ),
     ]
     return _process("learner", learner.num_ranks, parts, host, has_gpu=has_gpu)
 

@@ -67,7 +67,7 @@ def _memory(plan: Plan) -> Table:
         table.add_row(memory.role, "main, each", gigabytes(memory.host_bytes), "", _parts(memory, False))
     store = object_store_bytes(layout.config, plan.sizes)
     sizes = [node.object_store_bytes for node in layout.hardware.nodes if node.object_store_bytes is not None]
-    kinds = "rollouts" if layout.config.pipeline.weights.transport == "shared_memory" else "weights, rollouts"
+    kinds = "rollouts" if layout.config.pipeline.weights.is_shared else "weights, rollouts"
     table.add_row("object store", "main, a node", gigabytes(store), gigabytes(min(sizes)) if sizes else "", kinds)
     return table
 

@@ -13,7 +13,7 @@ from cluster.config import RunConfig
 
 def make_transport(config: RunConfig) -> WeightTransport:
     """Return what a run's versions are pulled through, those too that a broadcast could not bring."""
-    if config.pipeline.weights.transport == "shared_memory":
+    if config.pipeline.weights.is_shared:
         return SharedMemoryTransport("cuda" if config.placement.learner_gpus else "cpu")
     return ObjectStoreTransport()
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from actors import packed_linear
-from actors.packed_linear import PackedLinear, pack
 from actors.rows import PromptGroup
 from actors.shared_attention import uninstall
 from actors.slots import Prefix, SlotCache
@@ -273,9 +272,8 @@ def test_checkpoints_keep_a_layers_input_alone():
 
 def test_packed_weights_are_those_of_an_engine_and_what_packing_them_again_takes(monkeypatch):
     model = tiny_model()
-    pack(model)
-    products = {id(layer.product): layer.product for layer in model.modules() if isinstance(layer, PackedLinear)}
-    packed = sum(4 * piece.numel() for product in products.values() for piece in product.packed)
+    packed_linear.pack(model)
+    packed = sum(4 * piece.numel() for product in packed_linear._products(model) for piece in product.packed)
     config = minimal_config(policy={"dtype": "float32"})
     assert rollout_memory(config, sizes_of(TINY)).part("packed weights") == 2 * packed
     assert memory_plan._PACKING_BYTES == 2 * packed_linear._PIECE_BYTES
